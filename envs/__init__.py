@@ -1,0 +1,1 @@
+"""The accept/reject task as Gymnasium environments."""

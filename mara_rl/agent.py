@@ -1,0 +1,92 @@
+"""The agent: a small MLP that turns an LLM's hidden state into an accept log-odds."""
+
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+Head = Literal["paper", "anchored", "relative"]
+Rule = Literal["argmax_induced", "threshold", "sample"]
+Fallback = Literal["last", "first"]
+
+
+class AgentSpec(BaseModel):
+    """Everything beside the weights that fixes what an agent does; saved with them."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    hidden_size: int = Field(gt=0, description="H of the LLM whose hidden states the agent reads")
+    head: Head = Field(description="how the MLP's output becomes an accept log-odds")
+    rule: Rule = Field("argmax_induced", description="how a token is chosen when decoding")
+    fallback: Fallback = Field("last", description="candidate taken when `threshold` accepts none")
+    top_k: int = Field(40, ge=1, description="candidates kept by top-k")
+    top_p: float = Field(0.95, gt=0, le=1, description="mass kept by top-p, after top-k")
+    llm: str = Field("", description="name of the LLM the agent was trained on")
+
+    @property
+    def needs_prefix(self) -> bool:
+        """Whether the head also reads the hidden state of the last accepted token."""
+        return self.head == "relative"
+
+
+class AcceptNetwork(nn.Module):
+    """LayerNorm(H) → Linear(H, 1024) → ReLU → Linear(1024, 256) → ReLU → Linear(256, outputs).
+
+    With two outputs this is the actor of the published agents (same state-dict keys; output 1 is
+    accept). ``forward`` takes hidden states (..., H) of any float dtype and returns (..., outputs)
+    in float32.
+    """
+
+    def __init__(self, hidden_size: int, outputs: int = 2, *, zero_output: bool = False) -> None:
+        super().__init__()
+        self.ln = nn.LayerNorm(hidden_size)
+        self.linear1 = nn.Linear(hidden_size, 1024)
+        self.linear2 = nn.Linear(1024, 256)
+        self.output_linear = nn.Linear(256, outputs)
+        if zero_output:
+            nn.init.zeros_(self.output_linear.weight)
+            nn.init.zeros_(self.output_linear.bias)
+
+    def forward(self, h: Tensor) -> Tensor:
+        z = self.ln(h.float())
+        z = torch.relu(self.linear1(z))
+        z = torch.relu(self.linear2(z))
+        return self.output_linear(z)
+
+
+class Agent(nn.Module):
+    """An `AcceptNetwork` with a head.
+
+    Heads (accept log-odds of candidate k; r_k is the base LLM's own acceptance probability
+    p_k / Σ_{j≥k} p_j):
+
+    - ``paper``: MLP(h_k), as published.
+    - ``anchored``: logit r_k + MLP(h_k); untrained it samples exactly as the base LLM.
+    - ``relative``: logit r_k + g(h_k) − g(h_prefix), one MLP g, h_prefix the hidden state of the
+      last accepted token.
+    """
+
+    def __init__(self, spec: AgentSpec) -> None:
+        super().__init__()
+        self.spec = spec
+        self.network = AcceptNetwork(spec.hidden_size, zero_output=spec.head != "paper")
+
+    def accept_logit(self, h: Tensor, base_logit: Tensor, h_prefix: Tensor | None = None) -> Tensor:
+        """Accept log-odds (...), float32, of candidates with hidden states ``h`` (..., H).
+
+        ``base_logit`` (...) is logit r_k. ``h_prefix`` (..., H) is required by the ``relative``
+        head and ignored by the others. Raises ValueError where it is required and missing.
+        """
+        term = self._term(h)
+        if self.spec.head == "paper":
+            return term
+        if self.spec.head == "relative":
+            if h_prefix is None:
+                raise ValueError("head 'relative' needs h_prefix, the last accepted token's state")
+            term = term - self._term(h_prefix)
+        return base_logit.float() + term
+
+    def _term(self, h: Tensor) -> Tensor:
+        logits = self.network(h)
+        return logits[..., 1] - logits[..., 0]

@@ -1,0 +1,1 @@
+"""The ``mara-rl`` command line; one module per group of commands."""

@@ -1,0 +1,30 @@
+"""Entry point of ``mara-rl``: gathers the commands and turns errors into exit statuses."""
+
+import sys
+
+import typer
+
+from mara_rl.cli import prompts, rewards
+from mara_rl.errors import MaraError
+
+app = typer.Typer(
+    name="mara-rl",
+    help="Token-level accept/reject alignment of frozen LLMs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(prompts.app, name="prompts")
+app.add_typer(rewards.app, name="rewards")
+
+
+def main() -> None:
+    """Run the command line: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    try:
+        app()
+    except MaraError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)

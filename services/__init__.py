@@ -1,0 +1,1 @@
+"""Ray Serve, Redis and score-model services."""
