@@ -94,7 +94,7 @@ def distinct_n(texts: Sequence[str], n: int = 2) -> float:
     _expect_some(texts)
     grams: Counter[tuple[str, ...]] = Counter()
     for text in texts:
-        grams += _ngrams(text, n)
+        grams.update(_ngrams(text, n))
     return len(grams) / grams.total() if grams else 0.0
 
 
