@@ -1,5 +1,103 @@
-"""``mara-rl prompts``."""
+"""``mara-rl prompts``: fill the queues that training reads from, and look at them."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
-app = typer.Typer(no_args_is_help=True)
+from mara_rl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from services.prompt_queue import PromptQueue, QueueStatus
+
+app = typer.Typer(no_args_is_help=True, help="Push prompts into a queue, see what became of them.")
+
+_Queue = Annotated[str, typer.Option("--queue", help="Name of the queue.")]
+_SingleNode = Annotated[
+    bool, typer.Option("--single-node", help="Use this machine's own Redis even inside a cluster.")
+]
+
+
+@app.command()
+def push(
+    file: Annotated[Path, typer.Argument(help="Prompts: .jsonl, .json or .parquet.")],
+    queue: _Queue = "default",
+    repeats: Annotated[int, typer.Option(min=1, help="Answers an epoch for each prompt.")] = 1,
+    single_node: _SingleNode = False,
+) -> None:
+    """Add the prompts of FILE to a queue; those already there are left as they are."""
+    from services.prompt_files import read_prompts
+
+    prompts = read_prompts(file)
+    with _open_queue(queue, single_node) as target:
+        new = target.push(prompts, repeats=repeats)
+        status = target.status()
+    print(
+        f"queue {queue}: {new} new prompts, {len(prompts) - new} already there, "
+        f"{status.prompts} in all"
+    )
+
+
+@app.command()
+def status(queue: _Queue = "default", single_node: _SingleNode = False) -> None:
+    """Show how many prompts wait, are being answered, were delivered, are dead."""
+    with _open_queue(queue, single_node) as target:
+        figures = target.status()
+        dead = target.dead_letters()
+    rows = _rows(figures)
+    rows += [(f"dead: {letter['prompt']}", letter["reason"]) for letter in dead]
+    console = Console()
+    if not console.is_terminal:
+        for name, value in rows:
+            print(f"{name}\t{value}")
+        return
+    table = Table("", "", show_header=False, title=f"queue {queue}")
+    for name, value in rows:
+        table.add_row(name, value)
+    console.print(table, markup=False)
+
+
+@app.command()
+def requeue(queue: _Queue = "default", single_node: _SingleNode = False) -> None:
+    """Put the dead letters of a queue back into it."""
+    with _open_queue(queue, single_node) as target:
+        count = target.requeue_dead()
+    print(f"queue {queue}: {count} prompts put back")
+
+
+@contextlib.contextmanager
+def _open_queue(name: str, single_node: bool) -> Iterator["PromptQueue"]:
+    from services.prompt_queue import PromptQueue
+    from services.redis_server import connect, redis_errors, redis_url
+
+    # Ray sets RAY_ADDRESS inside jobs: a Redis of one node would be lost on the cluster.
+    in_cluster = "RAY_ADDRESS" in os.environ
+    if in_cluster and not single_node and not os.environ.get("MARA_REDIS_URL"):
+        raise ConfigError(
+            "MARA_REDIS_URL is not set, but RAY_ADDRESS is: expected a Redis that the whole "
+            "cluster reaches (--single-node: use one of this machine alone)"
+        )
+    with redis_url(allow_embedded=True) as url, redis_errors(url), connect(url) as client:
+        yield PromptQueue(client, name)
+
+
+def _rows(figures: "QueueStatus") -> list[tuple[str, str]]:
+    rows = [
+        ("prompts", str(figures.prompts)),
+        ("epoch", "none yet" if figures.epoch < 0 else str(figures.epoch)),
+        ("waiting", str(figures.waiting)),
+        ("pending", str(sum(reader.pending for reader in figures.pending.values()))),
+        ("delivered, not in a checkpoint yet", str(figures.delivered)),
+        ("dead letters", str(figures.dead)),
+        ("duplicates", str(figures.duplicates)),
+    ]
+    rows += [
+        (f"reader {name}", f"{reader.pending} pending, silent for {reader.silent_s:.0f} s")
+        for name, reader in figures.pending.items()
+    ]
+    return rows
