@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -20,6 +20,7 @@ class Prompt:
     entry_id: str = ""
 
 
+@runtime_checkable
 class PromptSource(Protocol):
     """Hands out prompts one by one. Implementations may block until one is there."""
 
@@ -36,6 +37,7 @@ class PromptSource(Protocol):
         ...
 
 
+@runtime_checkable
 class Scorer(Protocol):
     """Scores answers, many at a time."""
 

@@ -112,7 +112,9 @@ def smollm2_folder() -> Path:
         del model.config.quantization_config
         model.hf_quantizer = None
         model.save_pretrained(scratch)
-        AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(
+            scratch
+        )
         try:
             os.rename(scratch, folder)
         except OSError:

@@ -1,0 +1,209 @@
+"""The accept/reject task over S slots: the one implementation behind both environments."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from envs.observation import FORCED, StateDType, encode_state
+from envs.protocols import Prompt, PromptSource, Scorer
+from envs.reward import RewardSpec
+from mara_rl.candidate_walk import ACCEPT, CandidateWalk
+from mara_rl.errors import RetryableError
+from mara_rl.policy_llm import PolicyLLM
+from mara_rl.slot_engine import SlotEngine
+
+
+@dataclass
+class Answer:
+    """A finished (or failed) episode of one slot.
+
+    ``finish_reason`` is "stop", "length" or "failed"; then ``failure`` says why. ``decisions`` and
+    ``forced_steps`` count candidates looked at with and without a choice.
+    """
+
+    prompt: Prompt
+    finish_reason: str
+    response: str = ""
+    num_tokens: int = 0
+    decisions: int = 0
+    forced_steps: int = 0
+    prefill_tokens: int = 0
+    failure: str = ""
+    scores: dict[str, float] = field(default_factory=dict)
+    reward: float = 0.0
+
+    def info(self) -> dict[str, Any]:
+        """The terminal step's info."""
+        return {
+            "prompt": self.prompt.text,
+            "prompt_id": self.prompt.prompt_id,
+            "entry_id": self.prompt.entry_id,
+            "response": self.response,
+            "finish_reason": self.finish_reason,
+            "failure": self.failure,
+            "num_tokens": self.num_tokens,
+            "decisions": self.decisions,
+            "forced_steps": self.forced_steps,
+            "prefill_tokens": self.prefill_tokens,
+            **{f"score_{name}": value for name, value in self.scores.items()},
+        }
+
+
+class AcceptRejectTask:
+    """S slots that answer prompts, one candidate a step; see the package's environments."""
+
+    def __init__(
+        self,
+        llm: PolicyLLM,
+        num_slots: int,
+        *,
+        prompts: PromptSource,
+        scorer: Scorer,
+        reward: RewardSpec,
+        max_new_tokens: int,
+        top_k: int,
+        top_p: float,
+        prefix: bool,
+        system: str | None,
+        defer_scores: bool,
+        prefill_chunk_tokens: int,
+        state_dtype: StateDType,
+    ) -> None:
+        self.llm = llm
+        self.num_slots = num_slots
+        self.prompts = prompts
+        self.scorer = scorer
+        self.reward = reward
+        self.max_new_tokens = max_new_tokens
+        self.system = system
+        self.defer_scores = defer_scores
+        self.state_dtype = state_dtype
+        self._prefix = prefix
+        self.walk = CandidateWalk(
+            SlotEngine(llm, num_slots),
+            top_k=top_k,
+            top_p=top_p,
+            prefill_chunk_tokens=prefill_chunk_tokens,
+        )
+        self._open: dict[int, Answer] = {}
+
+    def restart(self, generator: np.random.Generator) -> None:
+        """Abandon every open episode; their prompts are handed out again."""
+        self.walk.stop(range(self.num_slots))
+        self._open.clear()
+        self.prompts.restart(generator)
+
+    def step(self, actions: np.ndarray, begin: np.ndarray) -> dict[int, Answer]:
+        """One step of every slot; the answers that ended in it, by slot, scored unless deferred.
+
+        ``actions`` (S,): 0 reject, 1 accept, ignored where forced and where ``begin`` (S,), bool,
+        gives the slot a new prompt instead.
+        """
+        walk, begin_t = self.walk, torch.as_tensor(begin)
+        accept = torch.as_tensor(actions == 1) | walk.forced
+        acting = walk.active & ~begin_t
+        for slot in acting.nonzero()[:, 0].tolist():
+            answer = self._open[slot]
+            if walk.forced[slot]:
+                answer.forced_steps += 1
+            else:
+                answer.decisions += 1
+        ended = self._end(acting & accept)
+        for slot in np.flatnonzero(begin).tolist():
+            self._begin(slot)
+        walk.step(torch.where(accept, ACCEPT, walk.index + 1))
+        broken = walk.active & ~walk.h.isfinite().all(-1).cpu()
+        for slot in broken.nonzero()[:, 0].tolist():
+            ended[slot] = self._finish(slot, "failed", "the LLM's hidden state is not finite")
+        if not self.defer_scores:
+            self.score([a for a in ended.values() if a.finish_reason != "failed"])
+        return ended
+
+    def observations(self) -> dict[str, np.ndarray]:
+        """Fresh observation arrays of all slots; idle slots and unread prompts: zeros, forced."""
+        walk = self.walk
+        index = walk.index[:, None]
+        used = torch.tensor([len(tokens) for tokens in walk.tokens])
+        x = torch.stack(
+            [
+                walk.base_logits.gather(1, index)[:, 0],
+                walk.probs.gather(1, index)[:, 0].clamp_min(1e-38).log(),
+                walk.index.float(),
+                walk.mass_left.gather(1, index)[:, 0],
+                (self.max_new_tokens - used).float(),
+                walk.forced.float(),
+            ],
+            dim=-1,
+        )
+        idle = ~walk.active
+        x[idle] = 0.0
+        x[idle, FORCED] = 1.0
+        observations = {"h": encode_state(walk.h, self.state_dtype), "x": x.numpy()}
+        observations["h"][idle.numpy()] = 0
+        if self._prefix:
+            observations["h_prefix"] = encode_state(walk.h_prefix, self.state_dtype)
+            observations["h_prefix"][idle.numpy()] = 0
+        return observations
+
+    def candidate_ids(self) -> np.ndarray:
+        """Token id of each slot's pending candidate (S,), int64; −1 where there is none."""
+        return torch.where(self.walk.active, self.walk.pending_ids(), -1).numpy()
+
+    def score(self, answers: Sequence[Answer]) -> None:
+        """Score answers in one call and set their rewards; those without a finite score fail."""
+        if not answers:
+            return
+        try:
+            scores = self.scorer.score([(a.prompt.text, a.response) for a in answers])
+        except RetryableError as error:
+            for answer in answers:
+                answer.finish_reason, answer.failure = "failed", str(error)
+            return
+        rewards = self.reward(self.scorer.names, scores)
+        for answer, row, reward in zip(answers, scores, rewards, strict=True):
+            answer.scores = dict(zip(self.scorer.names, row.tolist(), strict=True))
+            answer.reward = float(reward)
+            if not np.isfinite(reward):
+                answer.finish_reason, answer.reward = "failed", 0.0
+                answer.failure = f"score not finite: {answer.scores}"
+
+    def _begin(self, slot: int) -> None:
+        while True:
+            prompt = self.prompts.next()
+            ids = self.llm.prompt_ids(prompt.text, self.system) if prompt.text.strip() else []
+            room = self.llm.context_tokens - self.max_new_tokens
+            if ids and len(ids) <= room:
+                break
+            reason = (
+                f"prompt {prompt.prompt_id!r} has {len(ids)} tokens; the LLM's context leaves "
+                f"room for {room}"
+                if ids
+                else f"prompt {prompt.prompt_id!r} is empty"
+            )
+            self.prompts.reject(prompt, reason)
+        self.walk.start(slot, ids)
+        self._open[slot] = Answer(prompt, "", prefill_tokens=len(ids))
+
+    def _end(self, accepted: torch.Tensor) -> dict[int, Answer]:
+        """Close the slots whose accepted token is an end of turn or the last allowed one."""
+        ended = {}
+        pending = self.walk.pending_ids().tolist()
+        for slot in accepted.nonzero()[:, 0].tolist():
+            tokens = self.walk.tokens[slot]
+            stop = pending[slot] in self.llm.eos_ids
+            if stop or len(tokens) + 1 >= self.max_new_tokens:
+                tokens.append(pending[slot])
+                ended[slot] = self._finish(slot, "stop" if stop else "length")
+        return ended
+
+    def _finish(self, slot: int, reason: str, failure: str = "") -> Answer:
+        answer = self._open.pop(slot)
+        tokens = self.walk.tokens[slot]
+        answer.finish_reason, answer.failure = reason, failure
+        answer.num_tokens = len(tokens)
+        answer.response = self.llm.text(tokens)
+        self.walk.stop([slot])
+        return answer

@@ -1,0 +1,54 @@
+"""Prompts from a list and score models in the same process: no Redis, no Serve."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from envs.protocols import Prompt
+from mara_rl.errors import DataError
+
+
+class ListPromptSource:
+    """Hands out a list of prompts for ever, each pass in a new order drawn from the generator."""
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        if not prompts:
+            raise DataError("prompts: an empty list; expected at least one prompt")
+        self._usable = list(prompts)
+        self._queue: list[Prompt] = []
+        self._generator = np.random.default_rng(0)
+
+    def next(self) -> Prompt:
+        if not self._queue:
+            order = self._generator.permutation(len(self._usable))
+            self._queue = [self._usable[i] for i in order]
+        return self._queue.pop(0)
+
+    def reject(self, prompt: Prompt, reason: str) -> None:
+        self._usable = [p for p in self._usable if p.prompt_id != prompt.prompt_id]
+        self._queue = [p for p in self._queue if p.prompt_id != prompt.prompt_id]
+        if not self._usable:
+            raise DataError(f"prompts: none of them can be answered; the last one: {reason}")
+
+    def restart(self, generator: np.random.Generator) -> None:
+        self._generator = generator
+        self._queue = []
+
+
+class PairScorer(Protocol):
+    """What `InProcessScorer` needs of a score model."""
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]: ...
+
+
+class InProcessScorer:
+    """Scores with models held by this process."""
+
+    def __init__(self, models: Mapping[str, PairScorer]) -> None:
+        self.names = tuple(models)
+        self._models = dict(models)
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        columns = [self._models[name].score(pairs) for name in self.names]
+        return np.asarray(columns, dtype=np.float64).reshape(len(self.names), len(pairs)).T

@@ -1,0 +1,53 @@
+"""The candidate tokens of a position: the LLM's distribution truncated, sorted and renormalised."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FORCED_LOGIT = 30.0
+"""Stands for logit r_k = ∞ at the last candidate of a set, where there is no choice."""
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateSets:
+    """Candidates of R positions, padded to K columns; p_1 ≥ … ≥ p_n, Σ p = 1, padding 0.
+
+    Attributes:
+        ids: token ids (R, K), int64.
+        probs: p_k (R, K), float32.
+        counts: n (R,), int64, at least 1.
+        mass_left: Σ_{j≥k} p_j (R, K), float32.
+        base_logits: logit r_k with r_k = p_k / Σ_{j≥k} p_j (R, K), float32; accepting candidate k
+            with probability r_k, one after the other, samples exactly from p. `FORCED_LOGIT` from
+            the last candidate on.
+    """
+
+    ids: Tensor
+    probs: Tensor
+    counts: Tensor
+    mass_left: Tensor
+    base_logits: Tensor
+
+
+def candidate_sets(logits: Tensor, top_k: int, top_p: float) -> CandidateSets:
+    """Candidates of next-token ``logits`` (R, V): softmax at temperature 1, top-k, then top-p.
+
+    top-p acts on the mass renormalised after top-k and keeps the token that crosses ``top_p``
+    (MARA §3.2). K is min(top_k, V).
+    """
+    probs, ids = torch.topk(torch.softmax(logits.float(), -1), min(top_k, logits.shape[-1]), dim=-1)
+    probs = probs / probs.sum(-1, keepdim=True)
+    mass_before = probs.cumsum(-1) - probs
+    kept = mass_before < top_p
+    kept[:, 0] = True
+    probs = torch.where(kept, probs, 0.0)
+    probs = probs / probs.sum(-1, keepdim=True)
+    counts = kept.sum(-1)
+    mass_left = probs.flip(-1).cumsum(-1).flip(-1)
+    after = mass_left[:, 1:].clamp_min(torch.finfo(torch.float32).tiny)
+    base_logits = torch.full_like(probs, FORCED_LOGIT)
+    base_logits[:, :-1] = probs[:, :-1].clamp_min(1e-38).log() - after.log()
+    index = torch.arange(probs.shape[-1], device=probs.device)
+    base_logits = torch.where(index >= counts[:, None] - 1, FORCED_LOGIT, base_logits)
+    return CandidateSets(ids, probs, counts, mass_left, base_logits)
