@@ -1,0 +1,183 @@
+"""Small score models: the first layers of an LLM and a linear head."""
+
+import json
+import os
+import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from mara_rl.errors import ConfigError, DataError
+from mara_rl.policy_llm import SMOLLM2, DType, load_policy_llm
+from mara_rl.score_models.base import ScoreType, in_batches, last_token
+from mara_rl.score_models.checkpoint import fill, read_json, read_state_dict
+
+CONFIG_FILE = "score.json"
+WEIGHTS_FILE = "model.safetensors"
+ADAPTER_FOLDER = "adapter"
+
+_PLAIN_QUOTES = str.maketrans("‘’“”–—", "''\"\"--")
+_BEFORE_PROMPT = "<|im_start|>user\n"
+_BEFORE_RESPONSE = "<|im_end|>\n<|im_start|>assistant\n"
+
+
+class SliceSpec(BaseModel):
+    """Everything beside the weights that fixes a layer-slice score model; its ``score.json``."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    score_type: ScoreType = Field(description="reward: higher is better; cost: lower is better")
+    backbone: str = Field(SMOLLM2, description="LLM whose first layers are used, by name")
+    num_layers: int = Field(default=20, ge=1, description="decoder layers kept, without final norm")
+    pooling: Literal["mean", "last"] = Field(
+        "mean", description="response tokens the head reads: their mean, or the last"
+    )
+    adapter: Literal["none", "lora"] = Field("none", description="LoRA weights in `adapter/`")
+    max_prompt_tokens: int = Field(default=128, ge=1, description="cut at the front")
+    max_response_tokens: int = Field(default=256, ge=1, description="cut at the end")
+
+
+class LayerSlice:
+    """Turns (prompt, response) pairs into pooled hidden states of an LLM's first layers.
+
+    The text is a ChatML conversation of a user and an assistant turn without system prompt. The
+    assistant turn is left open, so that an answer cut at a length cap is read like any other. Both
+    parts are normalised: typographic quotes and dashes become plain ones, runs of spaces and of
+    line breaks become one. Every token's state is brought to root mean square 1 before pooling over
+    the response; an empty response is read at the token before it.
+    """
+
+    def __init__(self, spec: SliceSpec, model: Any, tokenizer: Any) -> None:
+        self.spec = spec
+        self.model = model
+        self.tokenizer = tokenizer
+
+    @property
+    def hidden_size(self) -> int:
+        return self.model.config.hidden_size
+
+    def encode(self, prompt: str, response: str) -> tuple[list[int], int]:
+        """Token ids of a pair, and the position its pooling starts at."""
+        before, between = (self._ids(text) for text in (_BEFORE_PROMPT, _BEFORE_RESPONSE))
+        # Special tokens written out in a text are text.
+        asked, answered = (
+            self._ids(_normalised(text), split_special_tokens=True) for text in (prompt, response)
+        )
+        head = [*before, *asked[-self.spec.max_prompt_tokens :], *between]
+        ids = head + answered[: self.spec.max_response_tokens]
+        return ids, min(len(head), len(ids) - 1)
+
+    def _ids(self, text: str, **options: bool) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False, **options)["input_ids"]
+
+    def features(self, pairs: Sequence[tuple[str, str]]) -> Tensor:
+        """Pooled states (N, H) float32 on the CPU of N (prompt, response) pairs."""
+        encoded = [self.encode(*pair) for pair in pairs]
+        starts = torch.tensor([start for _, start in encoded])
+
+        def compute(inputs: dict[str, Tensor], rows: list[int]) -> Tensor:
+            return self.pooled(inputs, starts[rows])
+
+        device = next(self.model.parameters()).device
+        return in_batches([ids for ids, _ in encoded], self.tokenizer, device, compute)
+
+    def pooled(self, inputs: dict[str, Tensor], starts: Tensor) -> Tensor:
+        """Pooled states (B, H) of padded ``inputs``; ``starts`` (B,) counts real tokens."""
+        hidden = self.model(**inputs, use_cache=False).last_hidden_state.float()
+        hidden = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-5)
+        mask = inputs["attention_mask"]
+        if self.spec.pooling == "last":
+            return last_token(hidden, mask)
+        from_start = inputs["position_ids"] >= starts.to(hidden.device)[:, None]
+        weights = (mask * from_start).unsqueeze(-1).float()
+        return (hidden * weights).sum(1) / weights.sum(1)
+
+
+class SliceScoreModel:
+    """A `LayerSlice` with a linear head, applied in float32."""
+
+    def __init__(self, name: str, layers: LayerSlice, head: nn.Linear) -> None:
+        self.name = name
+        self.score_type = layers.spec.score_type
+        self.layers = layers
+        self.head = head
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
+        """One score a (prompt, response) pair."""
+        if not pairs:
+            return []
+        with torch.inference_mode():
+            return self.head(self.layers.features(pairs)).squeeze(1).tolist()
+
+
+def open_slice(spec: SliceSpec, device: torch.device, dtype: DType) -> LayerSlice:
+    """The frozen layers ``spec`` asks for, without an adapter.
+
+    Raises ConfigError when the backbone has fewer layers or is not there.
+    """
+    llm = load_policy_llm(spec.backbone, device=device, dtype=dtype)
+    model = llm.model.base_model
+    available = len(model.layers)
+    if spec.num_layers > available:
+        raise ConfigError(f"num_layers is {spec.num_layers}; {spec.backbone!r} has {available}")
+    model.layers = model.layers[: spec.num_layers]
+    model.norm = nn.Identity()
+    return LayerSlice(spec, model, llm.tokenizer)
+
+
+def load_slice(name: str, folder: Path, device: torch.device, dtype: DType) -> SliceScoreModel:
+    """Load what `save_slice` wrote. Raises DataError naming the field or weight at fault."""
+    raw = read_json(folder / CONFIG_FILE)
+    try:
+        spec = SliceSpec.model_validate(raw)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{folder / CONFIG_FILE}: {field}: {first['msg']}") from error
+    layers = open_slice(spec, device, dtype)
+    if spec.adapter == "lora":
+        layers.model = _with_adapter(layers.model, folder / ADAPTER_FOLDER)
+    head = nn.Linear(layers.hidden_size, 1)
+    fill(head, read_state_dict(folder), folder)
+    return SliceScoreModel(name, layers, head.float().requires_grad_(False))
+
+
+def save_slice(folder: Path, spec: SliceSpec, head: nn.Linear, adapter: Any | None = None) -> None:
+    """Write a score model; ``adapter`` is the peft model when the spec has one.
+
+    The folder appears once it is complete. Raises ConfigError when it is already there.
+    """
+    if folder.exists():
+        raise ConfigError(f"{folder} already exists; expected a new folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as outer:
+        scratch = Path(outer) / folder.name
+        scratch.mkdir()
+        (scratch / CONFIG_FILE).write_text(json.dumps(spec.model_dump(), indent=2) + "\n")
+        weights = {key: value.contiguous() for key, value in head.state_dict().items()}
+        save_file(weights, scratch / WEIGHTS_FILE)
+        if adapter is not None:
+            adapter.save_pretrained(scratch / ADAPTER_FOLDER)
+        os.rename(scratch, folder)
+
+
+def _with_adapter(model: nn.Module, folder: Path) -> nn.Module:
+    """``model`` with the LoRA weights of ``folder`` added into its own."""
+    from peft import PeftModel
+
+    try:
+        return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"{folder} could not be read as a LoRA adapter: {reason}") from error
+
+
+def _normalised(text: str) -> str:
+    text = re.sub(r"[ \t]+", " ", text.translate(_PLAIN_QUOTES))
+    return re.sub(r"\s*\n\s*", "\n", text).strip()
