@@ -31,9 +31,15 @@ class ListPromptSource:
         if not self._usable:
             raise DataError(f"prompts: none of them can be answered; the last one: {reason}")
 
+    def fail(self, prompt: Prompt, reason: str) -> None:
+        """Nothing to do: the prompt comes again with the next pass."""
+
     def restart(self, generator: np.random.Generator) -> None:
         self._generator = generator
         self._queue = []
+
+    def close(self) -> None:
+        """Nothing is held."""
 
 
 class PairScorer(Protocol):

@@ -32,8 +32,16 @@ class PromptSource(Protocol):
         """Take a prompt that can never be answered (empty, too long) out of circulation."""
         ...
 
+    def fail(self, prompt: Prompt, reason: str) -> None:
+        """The prompt's episode failed through no fault of its own; it may be tried again."""
+        ...
+
     def restart(self, generator: np.random.Generator) -> None:
         """Begin again: unfinished prompts are handed out anew, drawing order from ``generator``."""
+        ...
+
+    def close(self) -> None:
+        """Give back what is unfinished."""
         ...
 
 

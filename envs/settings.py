@@ -1,6 +1,8 @@
 """The keyword arguments both environments share, and how they become a task."""
 
 import functools
+from collections.abc import Callable
+
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -31,7 +33,9 @@ class EnvSettings(BaseModel):
     prefill_chunk_tokens: int = Field(512, ge=1, description="prompt tokens read in one step")
     defer_scores: bool = Field(False, description="leave scoring to the end of `sample()`")
     torch_threads: int | None = Field(None, ge=1, description="torch threads of this process")
-    prompts: PromptSource | None = Field(None, description="default: the packaged prompts")
+    prompts: Callable[[], PromptSource] | None = Field(
+        None, description="makes the prompt source; default: the packaged prompts"
+    )
     scorer: Scorer | None = Field(None, description="default: the shipped models, in process")
     reward: RewardSpec = RewardSpec(weights={"reward": 1.0, "cost": -1.0})
 
@@ -45,7 +49,7 @@ class EnvSettings(BaseModel):
         return AcceptRejectTask(
             llm,
             num_slots,
-            prompts=self.prompts or _packaged_prompts(),
+            prompts=(self.prompts or _packaged_prompts)(),
             scorer=self.scorer or _shipped_scorer(),
             **self.model_dump(
                 include={

@@ -69,5 +69,9 @@ class TokenAcceptRejectEnv(gym.Env[dict[str, np.ndarray], np.int64]):
             return text
         return f"{text}[{self.task.llm.tokenizer.decode([int(walk.pending_ids()[0])])}]"
 
+    def close(self) -> None:
+        """Give the unfinished prompt back to its source."""
+        self.task.prompts.close()
+
     def _observation(self) -> dict[str, np.ndarray]:
         return {key: value[0] for key, value in self.task.observations().items()}

@@ -21,8 +21,8 @@ class TokenAcceptRejectVectorEnv(gym.vector.VectorEnv):
     longer than ``prefill_chunk_tokens`` takes further steps, marked forced, so that the other slots
     never wait for more than one chunk.
 
-    With ``defer_scores`` an ended episode's reward stays 0; `finished` holds its answer by entry
-    until someone scores it (see `AcceptRejectTask.score`).
+    With ``defer_scores`` an ended episode's reward stays 0 until someone scores its answer, which
+    `take_finished` hands over (see `AcceptRejectTask.score`).
     """
 
     metadata = {"autoreset_mode": AutoresetMode.NEXT_STEP}  # noqa: RUF012
@@ -39,6 +39,17 @@ class TokenAcceptRejectVectorEnv(gym.vector.VectorEnv):
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._begin = np.ones(num_envs, dtype=bool)
         self._started = False
+        self._finished: dict[int, Answer] = {}
+        self._num_finished = 0
+
+    def take_finished(self) -> dict[int, Answer]:
+        """The answers that ended since the last call, by the ``answer_key`` of their info."""
+        finished, self._finished = self._finished, {}
+        return finished
+
+    def close_extras(self, **kwargs: Any) -> None:
+        """Give unfinished prompts back to their source."""
+        self.task.prompts.close()
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -48,6 +59,7 @@ class TokenAcceptRejectVectorEnv(gym.vector.VectorEnv):
         if seed is not None or not self._started:
             self.task.restart(self.np_random)
             self._started = True
+        self._finished.clear()
         self._begin = np.ones(self.num_envs, dtype=bool)
         self.task.step(np.zeros(self.num_envs, dtype=np.int64), begin=self._begin)
         self._begin = np.zeros(self.num_envs, dtype=bool)
@@ -74,7 +86,9 @@ class TokenAcceptRejectVectorEnv(gym.vector.VectorEnv):
         infos: dict[str, Any] = {"candidate_id": self.task.candidate_ids()}
         infos["_candidate_id"] = infos["candidate_id"] >= 0
         for slot, answer in ended.items():
-            for key, value in answer.info().items():
+            self._num_finished += 1
+            self._finished[self._num_finished] = answer
+            for key, value in {"answer_key": self._num_finished, **answer.info()}.items():
                 if key not in infos:
                     dtype = type(value) if isinstance(value, int | float) else object
                     infos[key] = np.zeros(self.num_envs, dtype=dtype)

@@ -83,14 +83,29 @@ def load_policy_llm(
             tokenizer = AutoTokenizer.from_pretrained(path)
             model = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype)
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise ConfigError(
-                f"llm {name!r} could not be loaded (expected a shipped name, a model folder or a "
-                f"hub id): {reason}"
-            ) from error
+            raise _not_loadable(name, error) from error
     if tokenizer.chat_template is None:
         raise DataError(f"llm {name!r} has no chat template; expected an instruction-tuned LLM")
-    return PolicyLLM(name, model.to(device), tokenizer)
+    return PolicyLLM(name, model.to(device=device), tokenizer)
+
+
+def llm_hidden_size(name: str) -> int:
+    """H of an LLM, from its config alone. Raises ConfigError as `load_policy_llm` does."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(str(smollm2_folder()) if name == SMOLLM2 else name)
+    except (OSError, ValueError) as error:
+        raise _not_loadable(name, error) from error
+    return config.get_text_config().hidden_size
+
+
+def _not_loadable(name: str, error: Exception) -> ConfigError:
+    reason = str(error).strip().splitlines()[0]
+    return ConfigError(
+        f"llm {name!r} could not be loaded (expected a shipped name, a model folder or a "
+        f"hub id): {reason}"
+    )
 
 
 def smollm2_folder() -> Path:
@@ -110,7 +125,7 @@ def smollm2_folder() -> Path:
             str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
         )
         del model.config.quantization_config
-        model.hf_quantizer = None
+        model.hf_quantizer = None  # type: ignore[assignment]
         model.save_pretrained(scratch)
         AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(
             scratch

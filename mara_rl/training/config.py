@@ -1,0 +1,267 @@
+"""What a training run can be told: one schema, YAML presets, ``--set a.b=c`` overrides."""
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from envs.observation import StateDType
+from mara_rl.agent import AgentSpec, Fallback, Head, Rule
+from mara_rl.errors import ConfigError
+from mara_rl.policy_llm import DType
+from services.score_service import ScoreServiceConfig
+
+
+class Section(BaseModel):
+    """A part of the config: unknown keys are refused, values are fixed once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class LLMConfig(Section):
+    """The frozen policy LLM."""
+
+    name: str = Field(description="shipped name, hub id or folder")
+    dtype: DType | None = Field(None, description="default: bfloat16 on CUDA, else float32")
+    system: str | None = Field(None, description="system prompt; null keeps the template's own")
+
+
+class CandidatesConfig(Section):
+    """How a position's candidates are truncated; part of the agent from then on."""
+
+    top_k: int = Field(40, ge=1, description="candidates kept by top-k")
+    top_p: float = Field(0.95, gt=0, le=1, description="mass kept by top-p, after top-k")
+
+
+class AgentConfig(Section):
+    """The agent to train."""
+
+    head: Head = Field("relative", description="how the MLP's output becomes an accept log-odds")
+    rule: Rule = Field("argmax_induced", description="how it decodes")
+    fallback: Fallback = Field("last", description="candidate taken when `threshold` accepts none")
+
+
+class PromptsConfig(Section):
+    """Where prompts come from: `packaged`, or a jsonl, json or parquet file."""
+
+    train: str = Field("packaged", description="prompts to train on")
+    heldout: str = Field("packaged", description="prompts to measure on after training")
+    queue: str | None = Field(None, description="Redis queue; default: one per run")
+    repeats: int = Field(1, ge=1, description="answers per prompt and epoch")
+    read_timeout_s: float = Field(60.0, gt=0, description="longest wait for a prompt")
+
+
+class ScoreConfig(ScoreServiceConfig):
+    """One score model: its weight in the reward and the Serve replicas that host it."""
+
+    weight: float = Field(description="weight in the reward; negative where lower is better")
+
+
+class ScoringConfig(Section):
+    """When answers are scored and how long that may take."""
+
+    mode: Literal["step", "deferred"] = Field(
+        "deferred", description="at the step an answer ends, or once per `sample()`"
+    )
+    deadline_s: float = Field(120.0, gt=0, description="for one call of all score models")
+    max_attempts: int = Field(4, ge=1, description="attempts per call within the deadline")
+
+
+class RolloutsConfig(Section):
+    """The rollout actors, each with an LLM of its own."""
+
+    num_runners: int = Field(1, ge=1)
+    num_slots: int = Field(64, ge=1, description="concurrent sequences per runner")
+    fragment_steps: int = Field(64, ge=1, description="steps per slot and iteration")
+    max_new_tokens: int = Field(48, ge=1, description="length cap of an answer, in tokens")
+    prefill_chunk_tokens: int = Field(512, ge=1)
+    state_dtype: StateDType = "float16"
+    num_cpus: float = Field(1.0, ge=0, description="CPUs per runner")
+    num_gpus: float = Field(0.0, ge=0, description="GPUs per runner")
+    torch_threads: int | None = Field(None, ge=1)
+    sample_timeout_s: float = Field(1800.0, gt=0)
+    placement_timeout_s: float = Field(120.0, gt=0)
+
+
+class LearnerConfig(Section):
+    """Where the update runs: 0 learners means in the driver."""
+
+    num_learners: int = Field(0, ge=0)
+    num_cpus: float = Field(1.0, ge=0, description="CPUs per remote learner")
+    num_gpus: float = Field(0.0, ge=0, description="GPUs per learner")
+
+
+class WarmStartConfig(Section):
+    """Value regression on base answers before PPO."""
+
+    answers: int = Field(ge=8, description="base answers sampled in all")
+    beta: float = Field(0.3, gt=0, description="accept log-odds move by Q differences over this")
+    epochs: int = Field(12, ge=1, description="passes of the regression at most")
+    batch_size: int = Field(512, ge=1, description="prefixes per gradient step")
+    lr: float = Field(3e-4, gt=0)
+    weight_decay: float = Field(1e-2, ge=0)
+
+
+class PPOSettings(Section):
+    """PPO as it fits this task (discount 1 per decision)."""
+
+    iterations: int = Field(ge=0, description="updates; 0 stops after the warm start")
+    minutes: float | None = Field(None, gt=0, description="stop earlier after this much training")
+    kl_coeff: float = Field(ge=0, description="β of the sampled KL to the base LLM, as a reward")
+    lr: float = Field(3e-4, gt=0)
+    epochs: int = Field(4, ge=1)
+    minibatch_size: int = Field(512, ge=1)
+    gae_lambda: float = Field(0.95, ge=0, le=1)
+    clip: float = Field(0.2, gt=0)
+    entropy_coeff: float = Field(0.0, ge=0)
+    vf_loss_coeff: float = Field(0.5, ge=0)
+    grad_clip: float = Field(0.5, gt=0)
+    scale_answers: int = Field(
+        128, ge=8, description="base answers that fix the score scales, without a warm start"
+    )
+    no_progress_timeout_s: float = Field(900.0, gt=0)
+
+
+class CheckpointConfig(Section):
+    """When the run is saved; every checkpoint abandons the open episodes."""
+
+    every_iterations: int = Field(10, ge=1)
+    keep: int = Field(2, ge=1)
+
+
+class EvaluationConfig(Section):
+    """Base against aligned greedy answers to the held-out prompts, after training."""
+
+    max_prompts: int | None = Field(None, ge=1, description="default: all held-out prompts")
+    judges: dict[str, str] = Field(
+        default_factory=dict,
+        description="independent score models by axis (reward, cost); never used as a reward",
+    )
+    kl_prompts: int = Field(48, ge=0, description="prompts whose sampled answers measure the KL")
+
+
+class RegistryConfig(Section):
+    """How the agent is registered."""
+
+    model_name: str | None = Field(None, description="default: mara-<llm>")
+    promote: bool = Field(True, description="try for the alias `champion` after training")
+
+
+class TrainConfig(Section):
+    """A whole training run."""
+
+    name: str = Field("train", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="run name")
+    seed: int = Field(0, ge=0)
+    llm: LLMConfig
+    candidates: CandidatesConfig = CandidatesConfig()
+    agent: AgentConfig = AgentConfig()
+    prompts: PromptsConfig = PromptsConfig()
+    scores: dict[str, ScoreConfig] = Field(description="score models by name")
+    scoring: ScoringConfig = ScoringConfig()
+    rollouts: RolloutsConfig = RolloutsConfig()
+    learner: LearnerConfig = LearnerConfig()
+    warm_start: WarmStartConfig | None = None
+    ppo: PPOSettings
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig | None = None
+    registry: RegistryConfig = RegistryConfig()
+    driver_torch_threads: int | None = Field(None, ge=1)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "TrainConfig":
+        if not any(score.weight for score in self.scores.values()):
+            raise ValueError("scores: every weight is 0; expected at least one that is not")
+        if self.warm_start and self.agent.head == "paper":
+            raise ValueError("warm_start: needs agent.head 'anchored' or 'relative', not 'paper'")
+        rows = self.rollouts.num_runners * self.rollouts.num_slots * self.rollouts.fragment_steps
+        if self.ppo.minibatch_size > rows:
+            raise ValueError(
+                f"ppo.minibatch_size: {self.ppo.minibatch_size} is more than the {rows} steps of "
+                "an iteration (num_runners x num_slots x fragment_steps)"
+            )
+        if self.evaluation and not {"reward", "cost"} <= set(self.scores):
+            raise ValueError("evaluation: needs scores named 'reward' and 'cost'")
+        return self
+
+    def agent_spec(self, hidden_size: int) -> AgentSpec:
+        """The spec of the agent this config trains on an LLM of this hidden size."""
+        return AgentSpec(
+            hidden_size=hidden_size,
+            **self.agent.model_dump(),
+            **self.candidates.model_dump(),
+            llm=self.llm.name,
+        )
+
+
+PRESETS = resources.files("mara_rl.training") / "presets"
+
+
+def preset_names() -> list[str]:
+    """The presets the package ships."""
+    return sorted(
+        p.name.removesuffix(".yaml") for p in PRESETS.iterdir() if p.name.endswith(".yaml")
+    )
+
+
+def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> TrainConfig:
+    """A preset or YAML file with ``a.b=c`` overrides (values in YAML), checked.
+
+    Raises ConfigError, one line, naming the key, its value and what was expected.
+    """
+    if name_or_path in preset_names():
+        text = (PRESETS / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    elif Path(name_or_path).is_file():
+        text = Path(name_or_path).read_text(encoding="utf-8")
+    else:
+        known = ", ".join(preset_names())
+        raise ConfigError(f"config {name_or_path!r}: neither a preset ({known}) nor a file")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"config {name_or_path!r}: not YAML: {_one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"config {name_or_path!r}: expected a mapping of settings")
+    for override in overrides:
+        _override(values, override)
+    try:
+        return TrainConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"config {name_or_path!r}: {_first_error(error)}") from error
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    path, equals, text = override.partition("=")
+    if not equals or not path:
+        raise ConfigError(f"--set {override!r}: expected key=value, e.g. ppo.kl_coeff=0.1")
+    *parents, last = path.split(".")
+    section: Any = values
+    for parent in parents:
+        if section.get(parent) is None:
+            section[parent] = {}
+        section = section[parent]
+        if not isinstance(section, dict):
+            raise ConfigError(f"--set {override!r}: {parent!r} is a value, not a section")
+    try:
+        section[last] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override!r}: value is not YAML: {_one_line(error)}") from error
+
+
+def _first_error(error: ValidationError) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key!r}"
+    if not key:
+        return message
+    if first["type"] == "missing":
+        return f"{key}: missing"
+    return f"{key}: {message[0].lower()}{message[1:]}, not {first['input']!r}"
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,105 @@
+"""What happens to sampled episodes before they leave the rollout actor.
+
+Scores are set (where deferred), failed episodes deleted, and rows without a choice dropped, so that
+neither GAE nor the loss ever sees them and their hidden states are not shipped.
+"""
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+from ray.rllib.callbacks.callbacks import RLlibCallback
+from ray.rllib.env.single_agent_episode import SingleAgentEpisode
+
+from envs.accept_reject_task import Answer
+from envs.observation import FORCED
+
+METRICS = "mara"
+
+
+class DecisionEpisodes(RLlibCallback):
+    """RLlib callback of the rollout actors."""
+
+    def on_sample_end(
+        self, *, env_runner: Any, metrics_logger: Any, samples: list[SingleAgentEpisode], **kw: Any
+    ) -> None:
+        env = env_runner.env.unwrapped
+        answers = env.take_finished()
+        if env.task.defer_scores:
+            env.task.score([a for a in answers.values() if a.finish_reason != "failed"])
+        kept = []
+        for episode in samples:
+            answer = answers.get(_answer_key(episode))
+            if answer is not None and answer.finish_reason == "failed":
+                env.task.prompts.fail(answer.prompt, answer.failure)
+                continue
+            if answer is not None:
+                reward = episode.get_rewards(-1) if not env.task.defer_scores else answer.reward
+                episode.set_rewards(new_data=float(reward), at_indices=-1)
+            decisions = decision_rows(episode)
+            if decisions is not None:
+                kept.append(decisions)
+        samples[:] = kept
+        _log(metrics_logger, list(answers.values()), env.task)
+
+
+def _answer_key(episode: SingleAgentEpisode) -> str | None:
+    return episode.get_infos(-1).get("answer_key") if episode.is_done else None
+
+
+def decision_rows(episode: SingleAgentEpisode) -> SingleAgentEpisode | None:
+    """The episode chunk without its forced rows; None where no decision is left.
+
+    A reward on a forced row goes to the decision before it. The last observation stays, for the
+    bootstrap value of a chunk that goes on.
+    """
+    n = len(episode)
+    window = slice(0, n)
+    forced = episode.get_observations(window)["x"][:, FORCED] > 0.5
+    rows = np.flatnonzero(~forced)
+    if len(rows) == 0:
+        return None
+    if len(rows) == n:
+        return episode
+    rewards = np.add.reduceat(np.asarray(episode.get_rewards(window), dtype=np.float64), rows)
+    observations = episode.get_observations(slice(0, n + 1))
+    with_last = np.append(rows, n)
+    infos = episode.get_infos(slice(0, n + 1))
+    outputs = {
+        key: episode.get_extra_model_outputs(key, window)[rows]
+        for key in episode.extra_model_outputs
+    }
+    shorter = SingleAgentEpisode(
+        id_=episode.id_,
+        observation_space=episode.observation_space,
+        action_space=episode.action_space,
+        observations=[{key: value[i] for key, value in observations.items()} for i in with_last],
+        actions=list(episode.get_actions(window)[rows]),
+        rewards=list(rewards),
+        infos=[infos[i] for i in with_last],
+        terminated=episode.is_terminated,
+        truncated=episode.is_truncated,
+        extra_model_outputs={key: list(value) for key, value in outputs.items()},
+        t_started=episode.t_started,
+        len_lookback_buffer=0,
+    )
+    return shorter.to_numpy()
+
+
+def _log(metrics: Any, answers: list[Answer], task: Any) -> None:
+    scored = [a for a in answers if a.finish_reason != "failed"]
+    failures = Counter(a.failure for a in answers if a.finish_reason == "failed")
+    counts = {
+        "answers": len(scored),
+        "failed_answers": sum(failures.values()),
+        "response_tokens": sum(a.num_tokens for a in scored),
+        "prefill_tokens": sum(a.prefill_tokens for a in scored),
+        "decisions": sum(a.decisions for a in scored),
+        "forced_steps": sum(a.forced_steps for a in scored),
+    }
+    for name, value in counts.items():
+        metrics.log_value((METRICS, name), value, reduce="sum", clear_on_reduce=True)
+    for answer in scored:
+        for name, score in answer.scores.items():
+            metrics.log_value((METRICS, f"score_{name}"), score, window=256)
+        metrics.log_value((METRICS, "reward"), answer.reward, window=256)
