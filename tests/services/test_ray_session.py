@@ -1,0 +1,115 @@
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from mara_rl.errors import ConfigError
+from services.ray_session import check_resources, missing_resources, ray_session
+
+AUTH = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
+
+
+def test_a_plan_that_fits_misses_nothing():
+    requests = [("reward", {"CPU": 0.1}), ("cost", {"CPU": 0.1})] + 9 * [("runners", {"CPU": 0.2})]
+    assert missing_resources(requests, [{"CPU": 2.0, "memory": 1e9}]) is None
+    assert missing_resources([], []) is None
+
+
+def test_too_little_in_total_names_every_summand():
+    requests = [("reward", {"CPU": 0.1}), ("cost", {"CPU": 0.1})] + 3 * [("runners", {"CPU": 1})]
+    assert missing_resources(requests, [{"CPU": 1.0}, {"CPU": 1.0}]) == (
+        "plan asks for 3.2 CPU (reward 0.1 + cost 0.1 + runners 3 x 1) but the cluster has 2"
+    )
+
+
+def test_a_resource_that_no_node_has():
+    missing = missing_resources([("runner", {"CPU": 1, "GPU": 1})], [{"CPU": 8.0}])
+    assert missing == "plan asks for 1 GPU (runner 1) but the cluster has 0"
+
+
+def test_enough_in_total_but_not_on_one_node():
+    missing = missing_resources([("learner", {"CPU": 3})], [{"CPU": 2.0}, {"CPU": 2.0}])
+    assert missing is not None
+    assert "3 CPU on one node for learner" in missing
+    assert "2 CPU; 2 CPU" in missing
+
+
+def test_large_bundles_are_placed_before_small_ones():
+    requests = [("small", {"CPU": 1}), ("small", {"CPU": 1}), ("large", {"CPU": 2})]
+    assert missing_resources(requests, [{"CPU": 2.0}, {"CPU": 2.0}]) is None
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:8265", "127.0.0.1:1", "no-port", "a:b"])
+def test_an_address_without_a_cluster_is_refused_at_once(monkeypatch, address):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    began = time.monotonic()
+    with pytest.raises(ConfigError, match=f"RAY_ADDRESS '{address}'"), ray_session():
+        pass
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.slow
+def test_local_cluster(monkeypatch, tmp_path):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "the-users-own-token-of-some-other-cluster")
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    @ray.remote(num_cpus=0)
+    def child_environment() -> dict[str, str | None]:
+        return {name: os.environ.get(name) for name in AUTH}
+
+    with ray_session(num_cpus=2) as session:
+        assert session.owns_cluster
+        in_child = ray.get(child_environment.remote())
+        assert in_child["RAY_AUTH_MODE"] == "token"
+        assert len(in_child["RAY_AUTH_TOKEN"]) == 64
+
+        check_resources([("runners", {"CPU": 1})] * 2)
+        with pytest.raises(ConfigError, match=r"3 CPU \(runners 3 x 1\).*has 2"):
+            check_resources([("runners", {"CPU": 1})] * 3)
+
+        listening = [
+            connection.laddr
+            for process in psutil.Process().children(recursive=True)
+            for connection in process.net_connections()
+            if connection.status == psutil.CONN_LISTEN
+        ]
+        assert listening
+        assert {address.ip for address in listening} <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+        assert 6379 not in {address.port for address in listening}
+
+        with ray_session() as inner:
+            assert inner.address == session.address
+            assert not inner.owns_cluster
+        assert ray.is_initialized()
+
+        joined = _join_from_another_process(session.address)
+        assert joined == "False 2.0"
+
+    assert not ray.is_initialized()
+    assert os.environ["RAY_AUTH_TOKEN"] == "the-users-own-token-of-some-other-cluster"
+    assert "RAY_AUTH_MODE" not in os.environ
+    assert not (tmp_path / ".ray").exists()
+
+
+def _join_from_another_process(address: str) -> str:
+    script = (
+        "import ray; from services.ray_session import ray_session\n"
+        "with ray_session(num_cpus=64) as session:\n"
+        "    print(session.owns_cluster, ray.cluster_resources()['CPU'])"
+    )
+    return subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"RAY_ADDRESS": address},
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    ).stdout.strip()
