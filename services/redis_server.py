@@ -14,11 +14,13 @@ from typing import IO
 
 import redis
 from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import NoPermissionError, OutOfMemoryError, ReadOnlyError
 from redis.retry import Retry
 
 from mara_rl.errors import ConfigError, RetryableError
 from mara_rl.home import mara_home
 
+_OLDEST = (6, 2)
 _SOCKET_TIMEOUT_S = 30.0  # longer than any command here takes; nothing blocks on the server
 _START_TIMEOUT_S = 10.0  # until it answers at all; reading a large append-only file comes on top
 _STOP_TIMEOUT_S = 10.0
@@ -32,13 +34,13 @@ def hide_password(url: str) -> str:
 
 @contextlib.contextmanager
 def redis_errors(url: str) -> Iterator[None]:
-    """Turn connection trouble into RetryableError and refused credentials into ConfigError."""
+    """Turn trouble that may pass into RetryableError and refused access into ConfigError."""
     try:
         yield
-    except redis.AuthenticationError as error:
-        raise ConfigError(f"Redis at {hide_password(url)} refused the login: {error}") from error
-    except (redis.ConnectionError, redis.TimeoutError) as error:
-        raise RetryableError(f"Redis at {hide_password(url)} is away: {error}") from error
+    except (redis.AuthenticationError, NoPermissionError) as error:
+        raise ConfigError(f"Redis at {hide_password(url)} refused access: {error}") from error
+    except (redis.ConnectionError, redis.TimeoutError, OutOfMemoryError, ReadOnlyError) as error:
+        raise RetryableError(f"Redis at {hide_password(url)} cannot serve: {error}") from error
 
 
 def connect(url: str, *, retries: int = 5) -> redis.Redis:
@@ -70,12 +72,15 @@ def redis_url(*, allow_embedded: bool) -> Iterator[str]:
     this machine with its data in ``MARA_HOME/redis``: started by the first process that asks,
     shared with others that ask meanwhile, stopped by the last that leaves.
 
-    Raises ConfigError (no URL, a bad one, refused login) or RetryableError (nothing answers).
+    Raises ConfigError (no URL, a bad one, refused access, a server before 6.2) or RetryableError
+    (nothing answers).
     """
     url = os.environ.get("MARA_REDIS_URL", "").strip()
     if url:
-        with connect(url) as client, redis_errors(url):
-            client.ping()
+        with connect(url, retries=2) as client, redis_errors(url):
+            version = str(client.info("server")["redis_version"])
+        if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
+            raise ConfigError(f"Redis at {hide_password(url)} is {version}, expected 6.2 or later")
         yield url
     elif allow_embedded:
         with embedded_redis(mara_home() / "redis") as url:
@@ -107,6 +112,7 @@ def embedded_redis(folder: Path) -> Iterator[str]:
                 )
             server = None
             if url is None:
+                _clear(folder)
                 url, server = _start(folder)
             fcntl.flock(users, fcntl.LOCK_SH)
         try:
@@ -216,5 +222,16 @@ def _stop(folder: Path, url: str, server: subprocess.Popen[bytes] | None) -> Non
         time.sleep(0.02)
     if server is not None:
         server.wait(_STOP_TIMEOUT_S)
-    (folder / "url").unlink(missing_ok=True)
-    shutil.rmtree(place, ignore_errors=True)
+    _clear(folder)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what points to a server that is gone."""
+    url_file = folder / "url"
+    if url_file.exists():
+        socket = Path(url_file.read_text().removeprefix("unix://"))
+        for file in (socket, socket.with_name("redis.pid")):
+            file.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not there, or not ours alone
+            socket.parent.rmdir()
+        url_file.unlink()

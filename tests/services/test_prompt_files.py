@@ -85,10 +85,18 @@ def test_duplicates_are_dropped_and_counted(tmp_path, caplog):
         ("p.json", "", r"p\.json: no prompts in it"),
         ("p.json", "[]", r"p\.json: no prompts in it"),
         ("p.json", '{"instruction": "a"}', r"p\.json: expected a list of objects, got dict"),
-        ("p.json", '[{"instruction": "a"}, {"prompt": "b"}]', "item 2: field 'instruction' is miss"),
+        (
+            "p.json",
+            '[{"instruction": "a"}, {"prompt": "b"}]',
+            "item 2: field 'instruction' is miss",
+        ),
         ("p.json", "[", r"p\.json: not JSON"),
         ("p.parquet", "no parquet", r"p\.parquet: not a parquet file"),
-        ("p.csv", "prompt\na", r"p\.csv: unknown kind of file, expected \.jsonl, \.json, \.parquet"),
+        (
+            "p.csv",
+            "prompt\na",
+            r"p\.csv: unknown kind of file, expected \.jsonl, \.json, \.parquet",
+        ),
     ],
 )
 def test_bad_files_are_refused_with_place_and_reason(tmp_path, name, content, message):

@@ -502,7 +502,8 @@ def test_a_reader_is_told_that_redis_lost_the_queue(empty_redis):
         queue.read("a", 1)
 
 
-def test_a_power_cut_loses_nothing(own_redis):
+def test_a_power_cut_loses_nothing(start_redis):
+    own_redis = start_redis()
     queue = make_queue(own_redis.url, 10)
     held = queue.read("a", 4)
     queue.mark_delivered([held[0].entry_id])
