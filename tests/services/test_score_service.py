@@ -1,4 +1,5 @@
 import asyncio
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -8,9 +9,10 @@ import pytest
 import ray
 import torch
 from pydantic import ValidationError
-from ray import serve
+from ray import cloudpickle, serve
 
 from mara_rl.errors import ConfigError, RetryableError
+from mara_rl.score_models.loading import load_score_model
 from services.ray_session import ray_session
 from services.score_service import (
     ScoreService,
@@ -49,13 +51,14 @@ class LengthService(ScoreService):
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # replicas cannot import tests
     with ray_session(num_cpus=2) as session:
         assert session.owns_cluster
         yield
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ScoreServiceConfig]:
     """Two tiny beaver checkpoints that score differently."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(Path(__file__).parents[1] / "mara_rl" / "score_models"))
@@ -63,7 +66,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("beaver")
     reward, cost = BeaverFolder(root / "reward"), BeaverFolder(root / "cost")
     cost.state["score_head.weight"] = -2 * cost.state["score_head.weight"]
-    return {"reward": str(reward.write()), "cost": str(cost.write())}
+    return {
+        name: ScoreServiceConfig(model=str(folder.write()), num_cpus=0.1, max_batch_size=10)
+        for name, folder in (("reward", reward), ("cost", cost))
+    }
 
 
 def _replicas(app: str) -> set[str]:
@@ -110,34 +116,24 @@ def test_a_broken_device_is_retryable_and_unhealthy_but_full_memory_is_not():
 
 @pytest.mark.slow
 class TestOnCluster:
-    def test_list_calls_equal_direct_scoring(self, cluster, folders):
-        from mara_rl.score_models.loading import load_score_model
-
-        deploy_scores(
-            {
-                name: ScoreServiceConfig(model=path, num_cpus=0.1, max_batch_size=10)
-                for name, path in folders.items()
-            }
-        )
+    def test_list_calls_equal_direct_scoring(self, cluster, configs):
+        deploy_scores(configs)
         pairs = [(f"prompt {i}", f"an answer {'at length ' * (i % 7)}") for i in range(64)]
-        for name, path in folders.items():
+        for name, config in configs.items():
             served = serve.get_app_handle(name).score.remote(pairs).result(timeout_s=60)
-            direct = load_score_model(path, device="cpu").score(pairs)
+            direct = load_score_model(config.model, device="cpu").score(pairs)
             assert served == pytest.approx(direct, abs=1e-5)
             assert len(set(served)) > 32
 
-    def test_deploying_again_keeps_what_is_equal_and_replaces_what_is_not(self, cluster, folders):
-        configs = {
-            name: ScoreServiceConfig(model=path, num_cpus=0.1) for name, path in folders.items()
-        }
+    def test_deploying_again_keeps_what_is_equal_and_replaces_what_is_not(self, cluster, configs):
         deploy_scores(configs)
         before = {name: _replicas(name) for name in configs}
         assert [len(replicas) for replicas in before.values()] == [1, 1]
         deploy_scores(configs)
         assert {name: _replicas(name) for name in configs} == before
 
-        configs["cost"] = configs["cost"].model_copy(update={"model": folders["reward"]})
-        deploy_scores(configs)
+        same_model = configs["cost"].model_copy(update={"model": configs["reward"].model})
+        deploy_scores(configs | {"cost": same_model})
         assert _replicas("reward") == before["reward"]
         assert _replicas("cost").isdisjoint(before["cost"])
         pairs = [("p", "r"), ("prompt", "response")]
@@ -167,15 +163,15 @@ class TestOnCluster:
         delete_scores(["lengths", "never-deployed"])
         assert "lengths" not in serve.status().applications
 
-    def test_more_than_the_cluster_has_is_refused_at_once(self, cluster, folders):
-        config = ScoreServiceConfig(model=folders["reward"], num_cpus=1.5, num_replicas=2)
+    def test_more_than_the_cluster_has_is_refused_at_once(self, cluster):
+        config = ScoreServiceConfig(model="never-loaded", num_cpus=1.5, num_replicas=2)
         began = time.monotonic()
         with pytest.raises(ConfigError, match=r"3 CPU \(big 2 x 1\.5\) but the cluster has 2"):
             deploy_scores({"big": config})
         assert time.monotonic() - began < 5
         assert "big" not in serve.status().applications
 
-    def test_a_placement_that_does_not_come_is_refused_in_time(self, cluster, folders):
+    def test_a_placement_that_does_not_come_is_refused_in_time(self, cluster):
         @ray.remote(num_cpus=1)
         class Occupant:
             def ready(self) -> bool:
@@ -183,7 +179,7 @@ class TestOnCluster:
 
         occupant = Occupant.remote()
         assert ray.get(occupant.ready.remote())
-        config = ScoreServiceConfig(model=folders["reward"], num_cpus=1.8)
+        config = ScoreServiceConfig(model="never-loaded", num_cpus=1.8)
         began = time.monotonic()
         with pytest.raises(ConfigError, match=r"within 3 s: waiting for late 1 x \(1\.8 CPU\)"):
             deploy_scores({"late": config}, ready_timeout_s=3)
