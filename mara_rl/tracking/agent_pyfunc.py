@@ -1,0 +1,55 @@
+"""The MLflow model of an agent (models from code): stored with each version, run by MLflow.
+
+Needs mlflow, torch, safetensors and numpy alone, so that anyone with these can load an agent from
+the registry. It therefore repeats `AcceptNetwork` in a few lines instead of importing it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import torch
+from mlflow.pyfunc import PythonModel, PythonModelContext
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class AcceptModel(PythonModel):
+    """Accept probabilities (N,), float32, of N candidates.
+
+    Input: a dict of float32 arrays ``h`` (N, H), the LLM's last hidden state at each candidate;
+    ``base_logit`` (N,), logit of the LLM's own acceptance probability; for head ``relative`` also
+    ``h_prefix`` (N, H), the state of the last accepted token.
+    """
+
+    def load_context(self, context: PythonModelContext) -> None:
+        spec = json.loads(Path(context.artifacts["spec"]).read_text(encoding="utf-8"))
+        self.head = spec["agent"]["head"]
+        self.weights = load_file(context.artifacts["weights"])
+
+    # MLflow would take a hint of `model_input` for a schema; the signature is given when logging.
+    def predict(  # type: ignore[no-untyped-def]
+        self, context: PythonModelContext, model_input, params: dict[str, Any] | None = None
+    ) -> np.ndarray:
+        inputs = {name: torch.as_tensor(np.asarray(model_input[name])) for name in model_input}
+        with torch.inference_mode():
+            logit = self._term(inputs["h"])
+            if self.head == "relative":
+                logit = logit - self._term(inputs["h_prefix"])
+            if self.head != "paper":
+                logit = logit + inputs["base_logit"].float()
+            return torch.sigmoid(logit).numpy()
+
+    def _term(self, h: Tensor) -> Tensor:
+        w = self.weights
+        z = F.layer_norm(h.float(), h.shape[-1:], w["ln.weight"], w["ln.bias"])
+        z = torch.relu(F.linear(z, w["linear1.weight"], w["linear1.bias"]))
+        z = torch.relu(F.linear(z, w["linear2.weight"], w["linear2.bias"]))
+        logits = F.linear(z, w["output_linear.weight"], w["output_linear.bias"])
+        return logits[..., 1] - logits[..., 0]
+
+
+mlflow.models.set_model(AcceptModel())
