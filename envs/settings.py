@@ -81,7 +81,7 @@ def _packaged_prompts() -> PromptSource:
 
 @functools.cache
 def _shipped_scorer() -> Scorer:
-    from mara_rl.score_models import load_score_model
+    from mara_rl.score_models.loading import load_score_model
 
     names = {"reward": "smollm2-reward", "cost": "smollm2-cost"}
     return InProcessScorer({name: load_score_model(model) for name, model in names.items()})

@@ -86,7 +86,8 @@ def load_policy_llm(
             raise _not_loadable(name, error) from error
     if tokenizer.chat_template is None:
         raise DataError(f"llm {name!r} has no chat template; expected an instruction-tuned LLM")
-    return PolicyLLM(name, model.to(device=device), tokenizer)
+    placed: Any = model
+    return PolicyLLM(name, placed.to(device), tokenizer)
 
 
 def llm_hidden_size(name: str) -> int:

@@ -1,6 +1,7 @@
 """A key/value cache whose rows (slots) each have a length of their own."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ class SlotLayer(CacheLayerMixin):
     def __init__(self, cache: "SlotCache") -> None:
         super().__init__()
         self.cache = cache
-        self.keys = torch.empty(0)
-        self.values = torch.empty(0)
+        self.keys: Any = None
+        self.values: Any = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.keys = self._grown(self.keys, key_states)
@@ -34,10 +35,10 @@ class SlotLayer(CacheLayerMixin):
         keys, values = self.keys[:, :, : cache.view], self.values[:, :, : cache.view]
         return (keys, values) if cache.all_rows else (keys[cache.rows], values[cache.rows])
 
-    def _grown(self, old: Tensor, like: Tensor) -> Tensor:
+    def _grown(self, old: Any, like: Tensor) -> Tensor:
         shape = (self.cache.num_slots, like.shape[1], self.cache.capacity, like.shape[3])
         new = like.new_zeros(shape)
-        if self.is_initialized:
+        if old is not None:
             new[:, :, : old.shape[2]] = old
         return new
 

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from mara_rl.cli import prompts, rewards
+from mara_rl.cli import prompts, rewards, train
 from mara_rl.errors import MaraError
 
 app = typer.Typer(
@@ -14,6 +14,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(train.train)
 app.add_typer(prompts.app, name="prompts")
 app.add_typer(rewards.app, name="rewards")
 

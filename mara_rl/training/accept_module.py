@@ -23,7 +23,8 @@ class AcceptModule(TorchRLModule, ValueFunctionAPI, InferenceOnlyAPI):
     """
 
     def setup(self) -> None:
-        self.spec = AgentSpec(**self.model_config["agent"])
+        config: Any = self.model_config
+        self.spec = AgentSpec(**config["agent"])
         self.agent = Agent(self.spec)
         if not self.inference_only:
             self.critic = Critic(self.spec.hidden_size, prefix=self.spec.needs_prefix)

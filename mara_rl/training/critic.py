@@ -19,9 +19,10 @@ class Critic(nn.Module):
         super().__init__()
         self.q = AcceptNetwork(hidden_size, outputs=1)
         self.rest = None if prefix else AcceptNetwork(hidden_size, outputs=1)
-        self.scalars = nn.Sequential(nn.Linear(len(X_FIELDS), 64), nn.ReLU(), nn.Linear(64, 2))
-        nn.init.zeros_(self.scalars[-1].weight)
-        nn.init.zeros_(self.scalars[-1].bias)
+        output = nn.Linear(64, 2)
+        nn.init.zeros_(output.weight)
+        nn.init.zeros_(output.bias)
+        self.scalars = nn.Sequential(nn.Linear(len(X_FIELDS), 64), nn.ReLU(), output)
 
     def forward(self, h: Tensor, h_prefix: Tensor | None, x: Tensor, accept: Tensor) -> Tensor:
         """Values (B,) of states h (B, H), x (B, X) with acceptance probabilities (B,)."""

@@ -20,7 +20,7 @@ METRICS = "mara"
 class DecisionEpisodes(RLlibCallback):
     """RLlib callback of the rollout actors."""
 
-    def on_sample_end(
+    def on_sample_end(  # type: ignore[override]
         self, *, env_runner: Any, metrics_logger: Any, samples: list[SingleAgentEpisode], **kw: Any
     ) -> None:
         env = env_runner.env.unwrapped

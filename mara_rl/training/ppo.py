@@ -26,7 +26,8 @@ class AcceptLearner(PPOTorchLearner):
 
     def build(self) -> None:
         super().build()
-        self._learner_connector.append(StandardizedAdvantages())
+        pipeline: Any = self._learner_connector
+        pipeline.append(StandardizedAdvantages())
 
 
 class RewardKeeper(RLlibCallback):
@@ -50,7 +51,8 @@ class AcceptPPO(PPO):
     def set_reward(self, reward: RewardSpec) -> None:
         """Set the reward of every runner, and of those recreated later."""
         self.reward = reward
-        self.env_runner_group.foreach_env_runner(
+        group: Any = self.env_runner_group
+        group.foreach_env_runner(
             functools.partial(_set_reward, reward=reward), local_env_runner=False
         )
 
@@ -82,9 +84,9 @@ def build_algorithm(
         "scorer": ScoreClient(scores),
         "reward": reward,
     }
+    plain: Any = PPOConfig(algo_class=AcceptPPO)
     algorithm_config = (
-        PPOConfig(algo_class=AcceptPPO)
-        .environment(
+        plain.environment(
             f"envs:{ENV_ID}",
             env_config=env_config,
             observation_space=observation_space(
@@ -143,7 +145,7 @@ def build_algorithm(
         )
         .debugging(seed=config.seed, log_level="ERROR")
     )
-    algorithm = algorithm_config.build_algo()
+    algorithm: Any = algorithm_config.build_algo()
     algorithm.reward = reward
     return algorithm
 

@@ -1,0 +1,48 @@
+"""``mara-rl train``: a training run, new or resumed."""
+
+from typing import Annotated
+
+import typer
+
+
+def train(
+    config: Annotated[
+        str | None, typer.Argument(help="A preset (quickstart, …) or a YAML file.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", help="Override a setting: a.b=value. Repeatable.")
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option("--resume", help="Continue a run, by name or folder.")
+    ] = None,
+    single_node: Annotated[
+        bool,
+        typer.Option("--single-node", help="Use this machine's Redis and MLflow inside a cluster."),
+    ] = False,
+) -> None:
+    """Train an agent: warm start, PPO, held-out comparison, registry."""
+    from rich.console import Console
+
+    from mara_rl.training.config import load_config
+    from mara_rl.training.display import Display
+    from mara_rl.training.run_folder import RunFolder
+
+    if (config is None) == (resume is None):
+        raise typer.BadParameter("give either a config to start or --resume RUN, not both")
+    if resume is not None:
+        if overrides:
+            raise typer.BadParameter("--set cannot change a run that is resumed")
+        folder, settings = RunFolder.open(resume)
+    elif config is not None:
+        settings = load_config(config, overrides or [])
+        folder = RunFolder.create(settings)
+    display = Display(Console())
+    display.line(f"run {folder.name} in {folder.path}")
+    from mara_rl.training.train import Interrupted
+    from mara_rl.training.train import train as run
+
+    try:
+        run(settings, folder, display, single_node=single_node)
+    except Interrupted:
+        display.line(f"interrupted: continue with `mara-rl train --resume {folder.name}`")
+        raise

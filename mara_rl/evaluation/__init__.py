@@ -1,0 +1,1 @@
+"""How good answers are: the agent's against the base LLM's."""

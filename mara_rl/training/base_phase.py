@@ -1,0 +1,121 @@
+"""First phase: base answers fix the score scales and, where asked for, warm-start the agent."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from envs.protocols import Scorer
+from envs.reward import RewardSpec
+from mara_rl.agent import Agent, AgentSpec
+from mara_rl.decoding import DecodedAnswer
+from mara_rl.errors import DataError
+from mara_rl.training.config import TrainConfig
+from mara_rl.training.display import Display
+from mara_rl.training.rollout_group import RolloutGroup, derived_seed
+from mara_rl.training.value_warm_start import BaseAnswer, ValueFit, fit_value, lean
+
+
+@dataclass(frozen=True)
+class BasePhase:
+    """What came out of it; ``agent`` and ``value`` only with a warm start."""
+
+    reward: RewardSpec
+    figures: dict[str, float]
+    token_forwards: int
+    agent: Agent | None
+    value: ValueFit | None
+
+
+def run_base_phase(
+    config: TrainConfig,
+    spec: AgentSpec,
+    prompts: list[str],
+    runners: RolloutGroup,
+    scorer: Scorer,
+    display: Display,
+    check_interrupt: Callable[[], None],
+) -> BasePhase:
+    """Sample, score and (with a warm start) learn from answers of the base LLM alone."""
+    warm = config.warm_start
+    count = warm.answers if warm else config.ppo.scale_answers
+    asked = _spread(prompts, count, config.seed)
+    with display.phase("base answers", total=count) as phase:
+
+        def progress(done: int) -> None:
+            phase.advance(done)
+            check_interrupt()
+
+        answers = runners.answers(
+            asked,
+            rule="sample",
+            keep_states=warm is not None,
+            seed=derived_seed(config.seed, 1),
+            progress=progress,
+        )
+    with display.phase("scoring base answers", total=count) as phase:
+        scores = score_in_batches(scorer, answers, phase.advance)
+    finite = np.isfinite(scores).all(-1)
+    if finite.sum() < 2:
+        raise DataError("scores: no base answer got finite scores; expected a score each")
+    scales = dict(zip(scorer.names, scores[finite].std(0).tolist(), strict=True))
+    for name, scale in scales.items():
+        if scale == 0:
+            raise DataError(f"score {name!r}: the same for all base answers; nothing to learn from")
+    weights = {name: score.weight for name, score in config.scores.items()}
+    reward = RewardSpec(weights, scales)
+    figures = {f"base/scale_{name}": scale for name, scale in scales.items()}
+    figures |= {
+        f"base/mean_{name}": mean
+        for name, mean in zip(scorer.names, scores[finite].mean(0).tolist(), strict=True)
+    }
+    figures["base/unscored"] = float((~finite).sum())
+    forwards = sum(len(a.token_ids) for a in answers)
+    if warm is None:
+        return BasePhase(reward, figures, forwards, None, None)
+    rewards = reward(scorer.names, scores)
+    usable = [
+        BaseAnswer(a.prompt, a.states, float(r))
+        for a, r, ok in zip(answers, rewards, finite, strict=True)
+        if ok and a.states is not None
+    ]
+    with display.phase("value warm start", total=warm.epochs) as phase:
+
+        def epoch_done(done: int) -> None:
+            phase.advance(done)
+            check_interrupt()
+
+        value = fit_value(usable, warm, seed=config.seed, progress=epoch_done)
+        agent = Agent(spec)
+        lean(agent, value.network, usable, warm.beta)
+    figures |= {
+        "warm_start/r2": value.r2,
+        "warm_start/r2_within_prompt": value.r2_within_prompt,
+        "warm_start/epochs": float(value.epochs),
+    }
+    return BasePhase(reward, figures, forwards, agent, value)
+
+
+def score_in_batches(
+    scorer: Scorer,
+    answers: list[DecodedAnswer],
+    progress: Callable[[int], None] | None = None,
+    batch_size: int = 64,
+) -> np.ndarray:
+    """Scores (N, len(scorer.names)), float64, NaN where there is none."""
+    parts = []
+    for start in range(0, len(answers), batch_size):
+        batch = answers[start : start + batch_size]
+        parts.append(scorer.score([(a.prompt, a.text) for a in batch]))
+        if progress is not None:
+            progress(len(batch))
+    return np.concatenate(parts)
+
+
+def _spread(prompts: list[str], count: int, seed: int) -> list[str]:
+    """``count`` prompts, each as often as any other give or take one, in seeded order."""
+    generator = np.random.default_rng([seed, 0])
+    order: list[int] = []
+    while len(order) < count:
+        order += generator.permutation(len(prompts)).tolist()
+    return [prompts[i] for i in order[:count]]

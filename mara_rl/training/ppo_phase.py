@@ -1,0 +1,151 @@
+"""The PPO phase: iterations, metrics, checkpoints that are barriers."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mara_rl.errors import RetryableError
+from mara_rl.tracking.run import TrackingRun
+from mara_rl.training.checkpoint import TrainState, save_checkpoint
+from mara_rl.training.config import TrainConfig
+from mara_rl.training.display import Display
+from mara_rl.training.learner_weights import LearnerWeights
+from mara_rl.training.rollout_group import RolloutGroup
+from mara_rl.training.run_folder import RunFolder
+from services.prompt_queue import PromptQueue
+from services.redis_server import redis_errors
+
+
+class PPOPhase:
+    """Runs iterations of an algorithm until the budget is spent or the user interrupts."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: RunFolder,
+        algorithm: Any,
+        weights: LearnerWeights,
+        runners: RolloutGroup,
+        queue: PromptQueue,
+        redis_url: str,
+        tracking: TrackingRun,
+        state: TrainState,
+        display: Display,
+    ) -> None:
+        self._config = config
+        self._folder = folder
+        self._algorithm = algorithm
+        self._weights = weights
+        self._runners = runners
+        self._queue = queue
+        self._redis_url = redis_url
+        self._tracking = tracking
+        self._state = state
+        self._display = display
+        self._trained_rows = 0.0
+
+    def run(self, check_interrupt: Callable[[], None]) -> None:
+        """Train until the configured iterations or minutes.
+
+        Raises RetryableError, after a checkpoint, when nothing is learned for
+        ``ppo.no_progress_timeout_s``.
+        """
+        ppo, state = self._config.ppo, self._state
+        progress_s = time.monotonic()
+        with self._display.phase("PPO", total=ppo.iterations, done=state.iteration) as phase:
+            while state.iteration < ppo.iterations and not self._out_of_time():
+                started_s = time.monotonic()
+                result = self._algorithm.train()
+                figures = self._figures(result)
+                if figures is None:
+                    if time.monotonic() - progress_s > ppo.no_progress_timeout_s:
+                        self.save()
+                        raise RetryableError(
+                            f"no update for {ppo.no_progress_timeout_s:g} s "
+                            f"(ppo.no_progress_timeout_s); checkpoint {state.iteration} is saved"
+                        )
+                    self._display.line(
+                        f"iteration {state.iteration + 1}: no fresh samples, trying again "
+                        f"({self._algorithm.env_runner_group.num_healthy_remote_workers()} of "
+                        f"{self._config.rollouts.num_runners} runners alive)"
+                    )
+                    time.sleep(1.0)
+                    continue
+                progress_s = time.monotonic()
+                state.iteration += 1
+                state.training_s += progress_s - started_s
+                state.token_forwards += int(figures["rollout/token_forwards"])
+                figures["time/iteration_s"] = progress_s - started_s
+                figures["total/token_forwards"] = float(state.token_forwards)
+                self._tracking.log_metrics(figures, step=state.iteration)
+                phase.advance(1, _note(figures))
+                if state.iteration % self._config.checkpoint.every_iterations == 0:
+                    self.save()
+                check_interrupt()
+
+    def save(self) -> None:
+        """Checkpoint, acknowledge what it contains, and start over from it: a barrier."""
+        with redis_errors(self._redis_url):
+            self._state.position = self._queue.position()
+            delivered = self._queue.delivered()
+            save_checkpoint(
+                self._folder.checkpoints,
+                self._state,
+                self._weights.state(),
+                self._config.checkpoint.keep,
+            )
+            self._queue.ack_delivered(delivered)
+        self._runners.barrier(self._state.iteration)
+
+    def _out_of_time(self) -> bool:
+        minutes = self._config.ppo.minutes
+        return minutes is not None and self._state.training_s >= minutes * 60
+
+    def _figures(self, result: Mapping[str, Any]) -> dict[str, float] | None:
+        """The iteration's metrics, or None when it brought no fresh samples or no update."""
+        learner = result.get("learners", {}).get("__all_modules__", {})
+        lifetime = float(learner.get("num_module_steps_trained_lifetime", 0))
+        if "env_runners" not in result or lifetime <= self._trained_rows:
+            return None
+        self._trained_rows = lifetime
+        rollout = result["env_runners"].get("mara", {})
+        updates = learner["mara"]
+        policy = result["learners"]["default_policy"]
+        figures = {f"rollout/{key}": float(value) for key, value in rollout.items()}
+        decisions = figures.get("rollout/decisions", 0.0)
+        tokens = figures.get("rollout/response_tokens", 0.0)
+        kl_per_decision = updates["kl_sum"] / max(1, updates["kl_decisions"])
+        steps = result["env_runners"]["num_env_steps_sampled"]
+        figures |= {
+            "rollout/token_forwards": float(steps) + figures.get("rollout/prefill_tokens", 0.0),
+            "rollout/steps": float(steps),
+            "learner/rows": float(updates["rows"]),
+            "learner/kl_per_decision": float(kl_per_decision),
+            "learner/explained_variance": float(updates["explained_variance"]),
+            "learner/entropy": float(policy["entropy"]),
+            "learner/vf_loss": float(policy["vf_loss"]),
+            "learner/policy_loss": float(policy["policy_loss"]),
+            "learner/gradient_norm": float(policy["gradients_default_optimizer_global_norm"]),
+            "time/sampling_s": float(result["timers"]["env_runner_sampling_timer"]),
+            "time/update_s": float(result["timers"]["learner_update_timer"]),
+        }
+        if tokens and decisions:
+            forced = figures["rollout/forced_steps"]
+            figures["rollout/accept_rate"] = (tokens - forced) / decisions
+            figures["learner/kl_per_token"] = float(kl_per_decision) * decisions / tokens
+        return figures
+
+
+def _note(figures: Mapping[str, float]) -> str:
+    shown = {
+        "reward": "rollout/reward",
+        "KL/token": "learner/kl_per_token",
+        "accept": "rollout/accept_rate",
+        "expl.var": "learner/explained_variance",
+    }
+    scores = {
+        key.removeprefix("rollout/score_"): key
+        for key in figures
+        if key.startswith("rollout/score_")
+    }
+    return " ".join(f"{k} {figures[v]:.2f}" for k, v in {**shown, **scores}.items() if v in figures)

@@ -1,0 +1,200 @@
+"""A training run from start to registered agent."""
+
+import contextlib
+import logging
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from envs.reward import RewardSpec
+from mara_rl import __version__
+from mara_rl.agent_files import save_agent
+from mara_rl.evaluation.heldout import HeldoutResult
+from mara_rl.policy_llm import llm_hidden_size
+from mara_rl.tracking.run import TrackingRun
+from mara_rl.training.base_phase import BasePhase, run_base_phase
+from mara_rl.training.checkpoint import TrainState, load_newest_checkpoint
+from mara_rl.training.config import TrainConfig
+from mara_rl.training.display import Display
+from mara_rl.training.final_phase import evaluate, register
+from mara_rl.training.learner_weights import LearnerWeights
+from mara_rl.training.ppo import build_algorithm
+from mara_rl.training.ppo_phase import PPOPhase
+from mara_rl.training.prompt_sets import load_prompts
+from mara_rl.training.rollout_group import RolloutGroup, derived_seed, seed_everything
+from mara_rl.training.run_folder import RunFolder, remove_folder
+from mara_rl.training.session import training_session
+from services.redis_server import redis_errors
+from services.score_client import ScoreClient
+
+EXPERIMENT = "mara-rl"
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user pressed Ctrl-C; the run is saved as far as ``resumable`` says."""
+
+
+@dataclass(frozen=True)
+class TrainOutcome:
+    """What a finished run has made."""
+
+    run: str
+    agent_uri: str
+    heldout: HeldoutResult | None
+
+
+def train(
+    config: TrainConfig,
+    folder: RunFolder,
+    display: Display,
+    *,
+    single_node: bool = False,
+) -> TrainOutcome:
+    """Run or resume (from the folder's newest whole checkpoint) a training run to its end.
+
+    Raises MaraError with a one-line reason, or `Interrupted` after Ctrl-C, with a checkpoint saved
+    where training had begun.
+    """
+    train_prompts = load_prompts(config.prompts.train, "train")
+    heldout_prompts = load_prompts(config.prompts.heldout, "heldout") if config.evaluation else []
+    spec = config.agent_spec(llm_hidden_size(config.llm.name))
+    if config.driver_torch_threads is not None:
+        torch.set_num_threads(config.driver_torch_threads)
+    logging.getLogger("ray.rllib").setLevel(logging.ERROR)
+    resumed = load_newest_checkpoint(folder.checkpoints)
+    state = resumed[0] if resumed else TrainState()
+    with _interrupts() as check_interrupt, contextlib.ExitStack() as stack:
+        with display.phase("starting services", total=1):
+            session = stack.enter_context(
+                training_session(config, folder.name, single_node=single_node)
+            )
+            tracking = stack.enter_context(
+                TrackingRun.start(
+                    session.tracking_uri,
+                    EXPERIMENT,
+                    folder.name,
+                    config.model_dump(mode="json"),
+                    run_id=state.mlflow_run_id or None,
+                )
+            )
+            state.mlflow_run_id = tracking.run_id
+            with redis_errors(session.prompts.url):
+                queue = session.prompts.open_queue()
+                queue.push(train_prompts, repeats=config.prompts.repeats)
+                queue.restart(state.position)
+        seed_everything(derived_seed(config.seed, 0))
+        with display.phase("loading the LLM", total=1):
+            algorithm = build_algorithm(config, spec, session.prompts, session.scores)
+        stack.callback(algorithm.stop)
+        weights = LearnerWeights(algorithm, spec)
+        runners = RolloutGroup(algorithm, config)
+        phase = PPOPhase(
+            config,
+            folder,
+            algorithm,
+            weights,
+            runners,
+            queue,
+            session.prompts.url,
+            tracking,
+            state,
+            display,
+        )
+        try:
+            if resumed:
+                weights.load_state(resumed[1])
+                runners.barrier(state.iteration)
+                display.line(f"resumed {folder.name} at iteration {state.iteration}")
+            else:
+                base = run_base_phase(
+                    config,
+                    spec,
+                    [prompt.text for prompt in train_prompts],
+                    runners,
+                    ScoreClient(session.scores),
+                    display,
+                    check_interrupt,
+                )
+                _begin(state, base, weights)
+                tracking.log_metrics(base.figures, step=0)
+                phase.save()
+            reward = RewardSpec(
+                {name: score.weight for name, score in config.scores.items()}, state.score_scales
+            )
+            algorithm.set_reward(reward)
+            phase.run(check_interrupt)
+            phase.save()
+        except Interrupted:
+            if state.position is not None:
+                phase.save()
+            raise
+        agent = weights.agent()
+        if folder.agent.exists():  # a resumed run that had come this far before
+            remove_folder(folder.agent)
+        save_agent(agent, folder.agent, metadata=_metadata(config, folder, state))
+        heldout = None
+        if config.evaluation:
+            heldout = evaluate(
+                config,
+                config.evaluation,
+                folder,
+                session,
+                runners,
+                agent,
+                heldout_prompts,
+                state.score_scales,
+                display,
+            )
+            tracking.log_metrics(heldout.metrics(), step=state.iteration)
+            tracking.log_artifacts(folder.evaluation, "evaluation")
+        tracking.log_metrics(
+            {f"time/{name.replace(' ', '_')}_s": s for name, s in display.phase_s.items()},
+            step=state.iteration,
+        )
+        agent_uri = register(config, folder, session, tracking, heldout, display)
+    return TrainOutcome(folder.name, agent_uri, heldout)
+
+
+def _begin(state: TrainState, base: BasePhase, weights: LearnerWeights) -> None:
+    state.score_scales = dict(base.reward.scales)
+    state.warm_start = base.figures
+    state.token_forwards = base.token_forwards
+    if base.agent is not None and base.value is not None:
+        weights.start_from(base.agent, base.value.network)
+
+
+def _metadata(config: TrainConfig, folder: RunFolder, state: TrainState) -> dict[str, Any]:
+    return {
+        "mara_rl": __version__,
+        "run": folder.name,
+        "seed": config.seed,
+        "iterations": state.iteration,
+        "score_weights": {name: score.weight for name, score in config.scores.items()},
+        "score_scales": state.score_scales,
+        "system": config.llm.system,
+    }
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[Callable[[], None]]:
+    """Ctrl-C asks to stop at the next safe point; a second one stops at once."""
+    asked = False
+
+    def on_interrupt(signum: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    def check() -> None:
+        if asked:
+            raise Interrupted
+
+    before = signal.signal(signal.SIGINT, on_interrupt)
+    try:
+        yield check
+    finally:
+        signal.signal(signal.SIGINT, before)
