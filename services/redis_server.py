@@ -218,10 +218,10 @@ def _stop(folder: Path, url: str, server: subprocess.Popen[bytes] | None) -> Non
     with connect(url, retries=0) as client, contextlib.suppress(redis.ConnectionError):
         client.shutdown()  # writes what is left to the append-only file
     deadline = time.monotonic() + _STOP_TIMEOUT_S
-    while (place / "redis.pid").exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
     if server is not None:
         server.wait(_STOP_TIMEOUT_S)
+    while server is None and (place / "redis.pid").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
     _clear(folder)
 
 

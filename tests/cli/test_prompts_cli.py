@@ -65,6 +65,18 @@ def test_dead_letters_are_shown_and_put_back(prompt_file):
         assert run("requeue") == "queue default: 0 prompts put back\n"
 
 
+def test_a_terminal_gets_a_table(prompt_file, monkeypatch):
+    run("push", prompt_file)
+    with redis_url(allow_embedded=True) as url:
+        queue = PromptQueue(connect(url), "default")
+        queue.reject(queue.read("reader", 1)[0].entry_id, "holds [INST] tags")
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        shown = run("status")
+    assert "queue default" in shown
+    assert "│" in shown
+    assert "holds [INST] tags" in shown  # as it is, not read as markup
+
+
 def test_errors_are_one_line_and_exit_1(tmp_path, monkeypatch, prompt_file):
     with pytest.raises(DataError, match="no such file"):
         run("push", str(tmp_path / "none.jsonl"))

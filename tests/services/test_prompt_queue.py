@@ -114,6 +114,20 @@ def test_two_readers_that_race_for_the_fill_fill_once(empty_redis):
         assert queue.status().waiting == 50 * (epoch + 1)
 
 
+def test_a_reader_overtaken_by_a_fill_does_not_fill_once_more(empty_redis, monkeypatch):
+    queue, rival = make_queue(empty_redis, 4), make_queue(empty_redis)
+    run = queue._run
+
+    def overtaken(script, *args):
+        result = run(script, *args)
+        rival.fill(0)  # between our seeing the stream empty and our own fill
+        return result
+
+    monkeypatch.setattr(queue, "_run", overtaken)
+    assert len(queue.read("a", 1)) == 1
+    assert (queue.status().epoch, queue.status().waiting) == (0, 3)
+
+
 def test_pushed_prompts_join_the_next_epoch(empty_redis):
     queue = make_queue(empty_redis, 3)
     assert len(queue.read("a", 1)) == 1
@@ -267,6 +281,7 @@ def test_delivered_and_acked_entries_are_gone(empty_redis):
     assert queue.delivered() == held[:2]
     assert queue.ack_delivered(held[:2]) == 2
     assert queue.ack_delivered(held[:2]) == 0
+    assert queue._client.scard(queue._seen) == 0  # the account does not grow with the run
     status = queue.status()
     assert (status.delivered, status.waiting, status.duplicates) == (0, 0, 0)
     assert {name: reader.pending for name, reader in status.pending.items()} == {"a": 1}
