@@ -1,5 +1,166 @@
-"""``mara-rl agents``."""
+"""``mara-rl agents``: registered agents, their export, and which one is champion."""
+
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
-app = typer.Typer(no_args_is_help=True)
+from mara_rl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mara_rl.agent import AgentSpec
+    from mara_rl.tracking.registry import AgentRegistry, AgentVersion
+
+app = typer.Typer(no_args_is_help=True, help="List, show, export and promote agents.")
+
+_Ref = Annotated[
+    str,
+    typer.Argument(
+        metavar="REF",
+        help="models:/name@alias, models:/name/version, runs:/id/path, a folder or a .pth file.",
+    ),
+]
+_SingleNode = Annotated[
+    bool, typer.Option("--single-node", help="Use this machine's own MLflow even in a cluster.")
+]
+
+
+@app.command("list")
+def list_agents(single_node: _SingleNode = False) -> None:
+    """List the registered agents with their candidate and champion."""
+    agents = _registry(single_node).list()
+    rows = [(a.name, str(a.candidate or "–"), str(a.champion or "–")) for a in agents]
+    _print_table(("agent", "candidate", "champion"), rows)
+
+
+@app.command()
+def show(
+    name: Annotated[str, typer.Argument(metavar="NAME|REF", help="A registered agent, or a REF.")],
+    single_node: _SingleNode = False,
+) -> None:
+    """Show the versions of a registered agent, or one agent with its settings."""
+    from mara_rl.agent_files import load_local_agent
+    from mara_rl.tracking.registry import is_registry_ref
+
+    if is_registry_ref(name):
+        registry = _registry(single_node)
+        rows = _spec_rows(registry.resolve(name).spec)
+        if name.startswith("models:/"):
+            rows += _version_rows(registry.find(name))
+        _print_table(("", ""), rows)
+    elif Path(name).exists():
+        _print_table(("", ""), _spec_rows(load_local_agent(Path(name)).spec))
+    else:
+        versions = _registry(single_node).show(name)
+        _print_table(
+            ("version", "alias", "preference rate", "created", "run"),
+            [
+                (
+                    str(version.version),
+                    ", ".join(version.aliases),
+                    _rate(version),
+                    f"{version.created:%Y-%m-%d %H:%M} UTC",
+                    version.run_id,
+                )
+                for version in versions
+            ],
+        )
+
+
+@app.command()
+def export(
+    ref: _Ref,
+    out: Annotated[Path, typer.Option(help="New folder for the agent.")],
+    single_node: _SingleNode = False,
+) -> None:
+    """Write an agent to a folder of its own: agent.safetensors and agent.json."""
+    from mara_rl.agent_files import load_local_agent, read_agent_spec, save_agent
+    from mara_rl.tracking.registry import is_registry_ref
+
+    source, metadata = Path(ref), {}
+    with contextlib.ExitStack() as stack:
+        if is_registry_ref(ref):
+            source = stack.enter_context(_registry(single_node).fetched(ref))
+        agent = load_local_agent(source)
+        if source.is_dir():
+            metadata = read_agent_spec(source)[1]
+    save_agent(agent, out, metadata=metadata | {"exported_from": ref})
+    print(f"wrote {ref} to {out}")
+
+
+@app.command()
+def promote(
+    name: Annotated[str, typer.Argument(help="A registered agent.")],
+    version: Annotated[int, typer.Option(min=1, help="The version to make champion.")],
+    force: Annotated[bool, typer.Option("--force", help="Skip the gate, e.g. to go back.")] = False,
+    reason: Annotated[str | None, typer.Option(help="Why; kept with the version.")] = None,
+    single_node: _SingleNode = False,
+) -> None:
+    """Make a version champion if its recorded preference rate suffices.
+
+    A refusal is a printed line and exit status 0.
+    """
+    from mara_rl.tracking.promotion import PromotionEvidence
+
+    if force != (reason is not None):
+        raise typer.BadParameter("--force and --reason go together")
+    registry = _registry(single_node)
+    evidence = PromotionEvidence.from_tags(registry.find(f"models:/{name}/{version}").tags)
+    print(registry.promote(name, version, evidence=evidence, force_reason=reason).line)
+
+
+def _registry(single_node: bool) -> "AgentRegistry":
+    from mara_rl.tracking.registry import AgentRegistry
+    from mara_rl.tracking.store import tracking_uri
+
+    # Ray sets RAY_ADDRESS inside jobs: a registry of one node would be lost on the cluster.
+    in_cluster = "RAY_ADDRESS" in os.environ
+    if in_cluster and not single_node and not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise ConfigError(
+            "MLFLOW_TRACKING_URI is not set, but RAY_ADDRESS is: expected an MLflow server that "
+            "the whole cluster reaches (--single-node: use the registry of this machine alone)"
+        )
+    return AgentRegistry(tracking_uri(allow_local=True))
+
+
+def _spec_rows(spec: "AgentSpec") -> list[tuple[str, str]]:
+    return [(field, str(value)) for field, value in spec.model_dump().items()]
+
+
+def _version_rows(version: "AgentVersion") -> list[tuple[str, str]]:
+    return [
+        ("version", f"{version.name} {version.version}"),
+        ("alias", ", ".join(version.aliases)),
+        ("run", version.run_id),
+        ("created", f"{version.created:%Y-%m-%d %H:%M} UTC"),
+        *(("tag " + key, value) for key, value in sorted(version.tags.items()) if value),
+    ]
+
+
+def _rate(version: "AgentVersion") -> str:
+    from mara_rl.tracking.promotion import PromotionEvidence
+
+    evidence = PromotionEvidence.from_tags(version.tags)
+    if evidence is None:
+        return "–"
+    other = "base" if evidence.against == "base" else f"version {evidence.champion_version}"
+    figures = f"{evidence.rate:+.1f} [{evidence.low:+.1f}, {evidence.high:+.1f}]"
+    return f"{figures} (n={evidence.n}) against {other}"
+
+
+def _print_table(header: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+    """A table on a terminal, tab-separated lines elsewhere."""
+    console = Console()
+    if not console.is_terminal:
+        for row in rows:
+            print("\t".join(row))
+        return
+    table = Table(*header, show_header=any(header))
+    for row in rows:
+        table.add_row(*row)
+    console.print(table, markup=False)

@@ -1,9 +1,11 @@
 """The registry of agents: versions, the aliases ``candidate`` and ``champion``, rollback."""
 
+import contextlib
 import re
+import shutil
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +23,6 @@ if TYPE_CHECKING:
 CANDIDATE = "candidate"
 CHAMPION = "champion"
 _KIND = ("kind", "mara-agent")  # tells agents from other models of a shared registry
-_REMOTE = ("models:/", "runs:/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +97,18 @@ class AgentRegistry:
         a published ``.pth``. Only ``agent.safetensors`` and ``agent.json`` are fetched; code that
         lies in the registry is not run.
         """
-        if not ref.startswith(_REMOTE):
+        if not is_registry_ref(ref):
             return load_local_agent(Path(ref))
+        with self.fetched(ref) as folder:
+            return load_agent(folder)
+
+    @contextlib.contextmanager
+    def fetched(self, ref: str) -> Iterator[Path]:
+        """A temporary folder with the two files of a ``models:/…`` or ``runs:/…`` agent."""
         with tempfile.TemporaryDirectory() as scratch:
             with mlflow_errors(self.uri):
                 self._download(ref, self._location(ref), scratch)
-            return load_agent(Path(scratch))
+            yield Path(scratch)
 
     def list(self) -> Sequence[RegisteredAgent]:
         """All registered agents, by name."""
@@ -235,6 +242,11 @@ class AgentRegistry:
             )
 
 
+def is_registry_ref(ref: str) -> bool:
+    """Whether ``ref`` is one for MLflow to resolve, and not a local path."""
+    return ref.startswith(("models:/", "runs:/"))
+
+
 def model_name_for(llm_name: str) -> str:
     """The registered name of agents for an LLM: ``mara-`` and a slug without ``/`` or ``:``.
 
@@ -250,13 +262,16 @@ def model_name_for(llm_name: str) -> str:
 def source_tags(*, llm: str, seed: int, run_id: str) -> dict[str, str]:
     """Tags that say where a version came from, the git commit of this code included if known."""
     tags = {"llm": llm, "seed": str(seed), "run_id": run_id}
-    git = subprocess.run(
-        ["git", "rev-parse", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-    )
-    return tags | {"git_sha": git.stdout.strip()} if git.returncode == 0 else tags
+    here = Path(__file__)
+    # An installed package may lie inside a repository that is not its own.
+    if shutil.which("git") and _git("ls-files", "--error-unmatch", here.name).returncode == 0:
+        tags["git_sha"] = _git("describe", "--always", "--dirty", "--abbrev=40").stdout.strip()
+    return tags
+
+
+def _git(*arguments: str) -> subprocess.CompletedProcess[str]:
+    folder = Path(__file__).parent
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True)
 
 
 def resolve_agent(ref: str, *, allow_local: bool) -> Agent:
@@ -264,7 +279,7 @@ def resolve_agent(ref: str, *, allow_local: bool) -> Agent:
 
     ``allow_local`` as for `tracking_uri`, which is where MLflow is found.
     """
-    if ref.startswith(_REMOTE):
+    if is_registry_ref(ref):
         return AgentRegistry(tracking_uri(allow_local=allow_local)).resolve(ref)
     return load_local_agent(Path(ref))
 
