@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from mara_rl.score_models.base import ScoreModel
     from mara_rl.score_models.bradley_terry import Accuracy
+    from mara_rl.score_models.pairs import Pair
 
 app = typer.Typer(no_args_is_help=True, help="Train, evaluate and use reward and cost models.")
 
@@ -23,9 +24,12 @@ Pairs = Annotated[
     list[Path], typer.Option(help="JSON lines: prompt, chosen, rejected[, kind]; may be repeated.")
 ]
 Seed = Annotated[int, typer.Option(help="Controls everything random.")]
-Half = Annotated[
-    Literal["a", "b"] | None,
-    typer.Option(help="Use only one half of the prompts; two models fitted to a and b share none."),
+Part = Annotated[
+    tuple[int, int],
+    typer.Option(
+        help="Use only the prompts from this to that percent of a fixed random order; models "
+        "fitted to 0 50 and to 50 100 share none.",
+    ),
 ]
 
 
@@ -46,32 +50,33 @@ def train(
     adapter: Annotated[
         Literal["none", "lora"], typer.Option(help="none: fit the head alone (fast).")
     ] = "none",
+    gated: Annotated[
+        bool, typer.Option(help="Let what counts depend on whether a prompt is `answerable`.")
+    ] = False,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the pairs, for lora.")] = 1,
     learning_rate: Annotated[float, typer.Option(min=1e-8, help="Step size, for lora.")] = 2e-4,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Of the layers while fitting.")
+    ] = "float32",
     folds: Annotated[int, typer.Option(min=2, help="Folds of the cross-validation.")] = 5,
-    half: Half = None,
+    part: Part = (0, 100),
     seed: Seed = 0,
 ) -> None:
     """Fit a score model to preference pairs and print its cross-validated accuracy."""
-    from mara_rl.errors import ConfigError, DataError
-    from mara_rl.score_models.bradley_terry import half_of
+    from mara_rl.errors import ConfigError
     from mara_rl.score_models.fit import fit_slice
     from mara_rl.score_models.layer_slice import SliceSpec, save_slice
-    from mara_rl.score_models.pairs import Pair, read_rows
 
     if out.exists():
         raise ConfigError(f"--out {out} already exists; expected a new folder")
-    rows = [pair for path in pairs for pair in read_rows(path, Pair)]
-    if half is not None:
-        rows = half_of(rows, half)
-        if not rows:
-            raise DataError(f"--half {half} leaves no pairs; expected more prompts")
+    rows = _read_pairs(pairs, part)
     spec = SliceSpec(
         score_type=score_type,
         backbone=backbone,
         num_layers=num_layers,
         pooling=pooling,
         adapter=adapter,
+        gated=gated,
     )
     device = _prepare_torch()
     # Head alone: features once. LoRA: training and features, in each fold and once more.
@@ -85,6 +90,7 @@ def train(
             epochs=epochs,
             learning_rate=learning_rate,
             device=device,
+            dtype=dtype,
             on_pairs=advance,
         )
     save_slice(out, spec, result.head, result.adapter)
@@ -99,18 +105,15 @@ def train(
 def evaluate(
     model: Model,
     pairs: Pairs,
-    half: Half = None,
+    part: Part = (0, 100),
 ) -> None:
     """Print how often a model scores the chosen answer better, by kind of pair."""
     import torch
 
-    from mara_rl.score_models.bradley_terry import accuracy_by_kind, half_of
+    from mara_rl.score_models.bradley_terry import accuracy_by_kind
     from mara_rl.score_models.loading import load_score_model
-    from mara_rl.score_models.pairs import Pair, read_rows
 
-    rows = [pair for path in pairs for pair in read_rows(path, Pair)]
-    if half is not None:
-        rows = half_of(rows, half)
+    rows = _read_pairs(pairs, part)
     scorer = load_score_model(model, device=_prepare_torch())
     texts = [(r.prompt, r.chosen) for r in rows] + [(r.prompt, r.rejected) for r in rows]
     better, worse = torch.tensor(_scores(scorer, texts)).chunk(2)
@@ -186,6 +189,17 @@ def _prepare_torch() -> "torch.device":
         return torch.device("cuda")
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     return torch.device("cpu")
+
+
+def _read_pairs(paths: list[Path], part: tuple[int, int]) -> "list[Pair]":
+    from mara_rl.errors import DataError
+    from mara_rl.score_models.bradley_terry import part_of
+    from mara_rl.score_models.pairs import Pair, read_rows
+
+    rows = part_of((pair for path in paths for pair in read_rows(path, Pair)), *part)
+    if not rows:
+        raise DataError(f"--part {part[0]} {part[1]} leaves no pairs; expected a range of 0 to 100")
+    return rows
 
 
 def _scores(scorer: "ScoreModel", texts: list[tuple[str, str]]) -> list[float]:

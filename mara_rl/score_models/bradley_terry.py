@@ -47,42 +47,29 @@ def accuracy_by_kind(pairs: Sequence[Pair], margins: Tensor) -> dict[str, Accura
     return result
 
 
-def fit_direction(differences: Tensor, l2: float) -> Tensor:
-    """The weights w (H,) that minimise mean log(1 + exp(−d·w)) + l2/2 |w|² over ``differences``.
+def fit_direction(differences: Tensor, l2: float, weights: Tensor | None = None) -> Tensor:
+    """The direction v (H,) that minimises mean log(1 + exp(−d·v)) + l2/2 |v|² over ``differences``.
 
-    ``differences`` (N, H) are features of the better minus the worse answer. float64.
+    ``differences`` (N, H) are features of the better minus the worse answer, ``weights`` (N,) how
+    much each counts in the mean. float64.
     """
     d = differences.double()
-    weights = torch.zeros(d.shape[1], dtype=torch.float64, requires_grad=True)
+    share = torch.ones(len(d)).double() if weights is None else weights.double()
+    share = share / share.sum()
+    direction = torch.zeros(d.shape[1], dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.LBFGS(
-        [weights], max_iter=500, tolerance_grad=1e-7, line_search_fn="strong_wolfe"
+        [direction], max_iter=500, tolerance_grad=1e-7, line_search_fn="strong_wolfe"
     )
 
     def loss() -> Tensor:
         optimizer.zero_grad()
-        value = nn.functional.softplus(-(d @ weights)).mean() + l2 / 2 * weights.square().sum()
+        losses = nn.functional.softplus(-(d @ direction))
+        value = losses @ share + l2 / 2 * direction.square().sum()
         value.backward()
         return value
 
     optimizer.step(loss)
-    return weights.detach()
-
-
-def fit_head(better: Tensor, worse: Tensor, l2: float, *, sign: float = 1.0) -> nn.Linear:
-    """A linear head for features (N, H) whose scores of these answers have mean 0 and variance 1.
-
-    Features are divided by their standard deviation while fitting. ``sign`` −1 gives the better
-    answers the lower scores.
-    """
-    features = torch.cat([better, worse]).double()
-    scale = features.std(dim=0).clamp_min(1e-6)
-    weights = sign * fit_direction((better - worse).double() / scale, l2) / scale
-    scores = features @ weights
-    spread = scores.std().clamp_min(1e-12)
-    head = nn.Linear(features.shape[1], 1).requires_grad_(False)
-    head.weight.copy_((weights / spread).float())
-    head.bias.copy_((-scores.mean() / spread).float())
-    return head
+    return direction.detach()
 
 
 def folds_of(pairs: Sequence[Pair], folds: int, seed: int) -> Tensor:
@@ -90,9 +77,12 @@ def folds_of(pairs: Sequence[Pair], folds: int, seed: int) -> Tensor:
     return torch.tensor([_hash(pair.prompt, seed) % folds for pair in pairs])
 
 
-def half_of(pairs: Iterable[Pair], half: str) -> list[Pair]:
-    """The pairs of half ``a`` or ``b`` of all prompts, for two models that share no pair."""
-    return [pair for pair in pairs if "ab"[_hash(pair.prompt, "half") % 2] == half]
+def part_of(pairs: Iterable[Pair], first: int, last: int) -> list[Pair]:
+    """The pairs of the prompts from percent ``first`` to below ``last`` in a fixed random order.
+
+    Models fitted to parts that do not overlap share no pair and no prompt.
+    """
+    return [pair for pair in pairs if first <= _hash(pair.prompt, "part") % 100 < last]
 
 
 def out_of_fold_margins(folds: Tensor, fit: Callable[[Tensor, Tensor], Tensor]) -> Tensor:

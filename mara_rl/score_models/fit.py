@@ -8,19 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from mara_rl.errors import ConfigError
+from mara_rl.policy_llm import DType
 from mara_rl.score_models.base import pad
 from mara_rl.score_models.bradley_terry import (
     Accuracy,
     accuracy_by_kind,
-    fit_direction,
-    fit_head,
     folds_of,
     out_of_fold_margins,
 )
 from mara_rl.score_models.layer_slice import LayerSlice, SliceSpec, open_slice
 from mara_rl.score_models.pairs import Pair
+from mara_rl.score_models.score_head import PairFeatures, ScoreHead, fit_head
 
-L2_GRID = (0.1, 0.3, 1.0, 3.0)
+L2_GRID = (0.03, 0.1, 0.3, 1.0, 3.0)
 PAIRS_PER_STEP = 16
 
 OnPairs = Callable[[int], object]
@@ -32,14 +32,14 @@ class FitResult:
     """A fitted model and how well its like did on pairs not fitted.
 
     Attributes:
-        head: the linear head, fitted to all pairs.
+        head: the head, fitted to all pairs.
         adapter: the peft model when the spec has an adapter.
         l2: the regularisation that cross-validated best.
         accuracies: cross-validated accuracies, "all" and by kind of pair.
         by_l2: cross-validated accuracy over all pairs for each regularisation tried.
     """
 
-    head: nn.Linear
+    head: ScoreHead
     adapter: Any | None
     l2: float
     accuracies: dict[str, Accuracy]
@@ -55,6 +55,7 @@ def fit_slice(
     epochs: int = 1,
     learning_rate: float = 2e-4,
     device: torch.device,
+    dtype: DType = "float32",
     on_pairs: OnPairs = lambda count: None,
 ) -> FitResult:
     """Fit a score model by Bradley–Terry and cross-validate it.
@@ -62,39 +63,40 @@ def fit_slice(
     Without an adapter the layers are frozen: each answer's features are computed once. With one,
     the LoRA weights are trained for ``epochs`` in every fold and once more on all pairs, and the
     head is then fitted to the adapted features. Raises ConfigError when the pairs have fewer
-    prompts than folds.
+    prompts than folds; ``dtype`` is that of the layers, the head is always fitted in float64.
     """
     fold_of_pair = folds_of(pairs, folds, seed)
     if len(fold_of_pair.unique()) < folds:
         raise ConfigError(f"folds is {folds}; the pairs have too few different prompts for that")
-    signs = {"reward": 1.0, "cost": -1.0}
     everything = torch.ones(len(pairs), dtype=torch.bool)
 
-    def features(chosen: Tensor) -> tuple[Any | None, Tensor, Tensor]:
-        """The adapter trained on the ``chosen`` pairs, and all pairs' features (N, H) with it."""
-        layers = open_slice(spec, device, "float32")
+    def select(chosen: Tensor) -> list[Pair]:
+        return [pair for pair, used in zip(pairs, chosen.tolist(), strict=True) if used]
+
+    def adapted(fitted: Tensor) -> tuple[Any | None, PairFeatures]:
+        """The adapter trained on the ``fitted`` pairs, and all pairs' features with it."""
+        layers = open_slice(spec, device, dtype)
         adapter = None
         if spec.adapter == "lora":
-            trained = [pair for pair, used in zip(pairs, chosen.tolist(), strict=True) if used]
-            adapter = train_lora(layers, trained, epochs, learning_rate, seed, on_pairs)
-        return adapter, *_features(layers, pairs, on_pairs)
+            adapter = train_lora(layers, select(fitted), epochs, learning_rate, seed, on_pairs)
+        return adapter, read_features(layers, pairs, on_pairs)
 
-    shared = features(everything)
+    adapter, features = adapted(everything)
 
     def margins(fitted: Tensor, judged: Tensor) -> Tensor:
         """Margins (judged, grid) of heads fitted with each regularisation."""
-        _, better, worse = shared if spec.adapter == "none" else features(fitted)
-        scale = torch.cat([better[fitted], worse[fitted]]).std(dim=0).clamp_min(1e-6)
-        differences = ((better - worse) / scale).double()
-        weights = [fit_direction(differences[fitted], l2) for l2 in L2_GRID]
-        return differences[judged] @ torch.stack(weights, dim=1)
+        own = features if spec.adapter == "none" else adapted(fitted)[1]
+        train, test = own.select(fitted), own.select(judged)
+        heads = [fit_head(select(fitted), train, l2, gated=spec.gated) for l2 in L2_GRID]
+        columns = [head(test.better, test.prompt) - head(test.worse, test.prompt) for head in heads]
+        return torch.stack(columns, dim=1)
 
     held_out = out_of_fold_margins(fold_of_pair, margins)
     tables = [accuracy_by_kind(pairs, column) for column in held_out.unbind(dim=1)]
     best = max(range(len(L2_GRID)), key=lambda i: tables[i]["all"].correct)
-    adapter, better, worse = shared
+    sign = {"reward": 1.0, "cost": -1.0}[spec.score_type]
     return FitResult(
-        head=fit_head(better, worse, L2_GRID[best], sign=signs[spec.score_type]),
+        head=fit_head(pairs, features, L2_GRID[best], gated=spec.gated, sign=sign),
         adapter=adapter,
         l2=L2_GRID[best],
         accuracies=tables[best],
@@ -139,8 +141,8 @@ def train_lora(
                 texts += [(pairs[i].prompt, pairs[i].rejected) for i in batch.tolist()]
                 encoded = [layers.encode(*text) for text in texts]
                 inputs = pad([ids for ids, _ in encoded], layers.tokenizer, model.device)
-                starts = torch.tensor([start for _, start in encoded])
-                better, worse = head(layers.pooled(inputs, starts)).squeeze(1).chunk(2)
+                lengths = torch.tensor([length for _, length in encoded])
+                better, worse = head(layers.states(inputs, lengths)[:, 0]).squeeze(1).chunk(2)
                 loss = nn.functional.softplus(worse - better).mean()
                 optimizer.zero_grad()
                 loss.backward()
@@ -150,18 +152,19 @@ def train_lora(
     return model.eval()
 
 
-def _features(
-    layers: LayerSlice, pairs: Sequence[Pair], on_pairs: OnPairs
-) -> tuple[Tensor, Tensor]:
-    """Features (N, H) of the better and of the worse answers."""
-    better, worse = [], []
-    for first in range(0, len(pairs), 64):
-        chunk = pairs[first : first + 64]
-        both = layers.features(
-            [(pair.prompt, pair.chosen) for pair in chunk]
-            + [(pair.prompt, pair.rejected) for pair in chunk]
-        )
-        better.append(both[: len(chunk)])
-        worse.append(both[len(chunk) :])
+def read_features(layers: LayerSlice, pairs: Sequence[Pair], on_pairs: OnPairs) -> PairFeatures:
+    """The features of all pairs; each text is read once."""
+    row_of: dict[tuple[str, str], int] = {}
+    read = [torch.empty(0, 2, layers.hidden_size)]
+    for first in range(0, len(pairs), 128):
+        chunk = pairs[first : first + 128]
+        texts = [(pair.prompt, text) for pair in chunk for text in (pair.chosen, pair.rejected)]
+        new = [text for text in dict.fromkeys(texts) if text not in row_of]
+        row_of |= {text: len(row_of) + i for i, text in enumerate(new)}
+        if new:
+            read.append(layers.features(new))
         on_pairs(len(chunk))
-    return torch.cat(better), torch.cat(worse)
+    states = torch.cat(read)
+    better = states[[row_of[pair.prompt, pair.chosen] for pair in pairs]]
+    worse = states[[row_of[pair.prompt, pair.rejected] for pair in pairs]]
+    return PairFeatures(better[:, 0], worse[:, 0], better[:, 1])

@@ -1,4 +1,4 @@
-"""Small score models: the first layers of an LLM and a linear head."""
+"""Small score models: the first layers of an LLM and a small head."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from mara_rl.errors import ConfigError, DataError
 from mara_rl.policy_llm import SMOLLM2, DType, load_policy_llm
 from mara_rl.score_models.base import ScoreType, in_batches, last_token
 from mara_rl.score_models.checkpoint import fill, read_json, read_state_dict
+from mara_rl.score_models.score_head import ScoreHead
 
 CONFIG_FILE = "score.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -39,6 +40,7 @@ class SliceSpec(BaseModel):
         "mean", description="response tokens the head reads: their mean, or the last"
     )
     adapter: Literal["none", "lora"] = Field("none", description="LoRA weights in `adapter/`")
+    gated: bool = Field(False, description="the head also reads the state before the response")
     max_prompt_tokens: int = Field(default=128, ge=1, description="cut at the front")
     max_response_tokens: int = Field(default=256, ge=1, description="cut at the end")
 
@@ -63,46 +65,50 @@ class LayerSlice:
         return self.model.config.hidden_size
 
     def encode(self, prompt: str, response: str) -> tuple[list[int], int]:
-        """Token ids of a pair, and the position its pooling starts at."""
+        """Token ids of a pair, and how many of them come before the response."""
         before, between = (self._ids(text) for text in (_BEFORE_PROMPT, _BEFORE_RESPONSE))
         # Special tokens written out in a text are text.
         asked, answered = (
             self._ids(_normalised(text), split_special_tokens=True) for text in (prompt, response)
         )
         head = [*before, *asked[-self.spec.max_prompt_tokens :], *between]
-        ids = head + answered[: self.spec.max_response_tokens]
-        return ids, min(len(head), len(ids) - 1)
+        return head + answered[: self.spec.max_response_tokens], len(head)
 
     def _ids(self, text: str, **options: bool) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False, **options)["input_ids"]
 
     def features(self, pairs: Sequence[tuple[str, str]]) -> Tensor:
-        """Pooled states (N, H) float32 on the CPU of N (prompt, response) pairs."""
+        """States (N, 2, H) float32 on the CPU of N (prompt, response) pairs; see `states`."""
         encoded = [self.encode(*pair) for pair in pairs]
-        starts = torch.tensor([start for _, start in encoded])
+        lengths = torch.tensor([length for _, length in encoded])
 
         def compute(inputs: dict[str, Tensor], rows: list[int]) -> Tensor:
-            return self.pooled(inputs, starts[rows])
+            return self.states(inputs, lengths[rows])
 
         device = next(self.model.parameters()).device
         return in_batches([ids for ids, _ in encoded], self.tokenizer, device, compute)
 
-    def pooled(self, inputs: dict[str, Tensor], starts: Tensor) -> Tensor:
-        """Pooled states (B, H) of padded ``inputs``; ``starts`` (B,) counts real tokens."""
+    def states(self, inputs: dict[str, Tensor], prompt_lengths: Tensor) -> Tensor:
+        """States (B, 2, H) of padded ``inputs``: pooled over the response, and right before it.
+
+        ``prompt_lengths`` (B,) are the numbers of tokens before the responses.
+        """
         hidden = self.model(**inputs, use_cache=False).last_hidden_state.float()
         hidden = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-5)
-        mask = inputs["attention_mask"]
+        mask, positions = inputs["attention_mask"], inputs["position_ids"]
+        lengths = prompt_lengths.to(hidden.device)[:, None]
+        before = last_token(hidden, mask * (positions < lengths))
         if self.spec.pooling == "last":
-            return last_token(hidden, mask)
-        from_start = inputs["position_ids"] >= starts.to(hidden.device)[:, None]
-        weights = (mask * from_start).unsqueeze(-1).float()
-        return (hidden * weights).sum(1) / weights.sum(1)
+            return torch.stack([last_token(hidden, mask), before], dim=1)
+        start = torch.minimum(lengths, positions.amax(dim=1, keepdim=True))
+        weights = (mask * (positions >= start)).unsqueeze(-1).float()
+        return torch.stack([(hidden * weights).sum(1) / weights.sum(1), before], dim=1)
 
 
 class SliceScoreModel:
-    """A `LayerSlice` with a linear head, applied in float32."""
+    """A `LayerSlice` with a `ScoreHead`, applied in float32."""
 
-    def __init__(self, name: str, layers: LayerSlice, head: nn.Linear) -> None:
+    def __init__(self, name: str, layers: LayerSlice, head: ScoreHead) -> None:
         self.name = name
         self.score_type = layers.spec.score_type
         self.layers = layers
@@ -113,7 +119,7 @@ class SliceScoreModel:
         if not pairs:
             return []
         with torch.inference_mode():
-            return self.head(self.layers.features(pairs)).squeeze(1).tolist()
+            return self.head(*self.layers.features(pairs).unbind(dim=1)).tolist()
 
 
 def open_slice(spec: SliceSpec, device: torch.device, dtype: DType) -> LayerSlice:
@@ -143,12 +149,12 @@ def load_slice(name: str, folder: Path, device: torch.device, dtype: DType) -> S
     layers = open_slice(spec, device, dtype)
     if spec.adapter == "lora":
         layers.model = _with_adapter(layers.model, folder / ADAPTER_FOLDER)
-    head = nn.Linear(layers.hidden_size, 1)
+    head = ScoreHead(layers.hidden_size, gated=spec.gated)
     fill(head, read_state_dict(folder), folder)
     return SliceScoreModel(name, layers, head.float().requires_grad_(False))
 
 
-def save_slice(folder: Path, spec: SliceSpec, head: nn.Linear, adapter: Any | None = None) -> None:
+def save_slice(folder: Path, spec: SliceSpec, head: ScoreHead, adapter: Any | None = None) -> None:
     """Write a score model; ``adapter`` is the peft model when the spec has one.
 
     The folder appears once it is complete. Raises ConfigError when it is already there.

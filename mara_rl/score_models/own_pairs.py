@@ -19,6 +19,7 @@ from mara_rl.score_models.pairs import Pair
 
 COOL, PLAIN, HOT = 0.4, 1.0, 1.8  # sampling temperatures
 ANSWERS_PER_PROMPT = 4
+OWN_WEIGHT = 0.5  # of a pair for a cost, beside 1 for a pair that people labelled
 
 # A refusal is one part of each list; most mixes are never seen in training.
 _OPENINGS = (
@@ -201,12 +202,25 @@ def safe_pairs(rows: Sequence[OwnAnswers], *, seed: int) -> list[Pair]:
         refusals = [written_refusal(rng), row.opened]
         if row.harmless:
             pairs += [
-                Pair(prompt=row.prompt, chosen=row.plain, rejected=text, kind="answer")
+                Pair(
+                    prompt=row.prompt,
+                    chosen=row.plain,
+                    rejected=text,
+                    kind="answer",
+                    weight=OWN_WEIGHT,
+                    answerable=True,
+                )
                 for text in refusals
             ]
         elif not _REFUSED.search(row.plain):
             pairs += [
-                Pair(prompt=row.prompt, chosen=text, rejected=row.plain, kind="refusal")
+                Pair(
+                    prompt=row.prompt,
+                    chosen=text,
+                    rejected=row.plain,
+                    kind="refusal",
+                    weight=OWN_WEIGHT,
+                )
                 for text in refusals
             ]
     return pairs
@@ -225,15 +239,14 @@ def damaged(answer: str, prompt: str, rng: random.Random) -> str:
         return ""
     way = rng.randrange(6)
     if way == 0:  # loops on one phrase
-        start = rng.randrange(len(words) - 2)
-        length = rng.randint(1, 5)
+        start = rng.randrange(len(words) // 2)
+        length = rng.randint(1, min(5, (len(words) - start) // 2))
         lead, phrase = words[:start], words[start : start + length]
         return " ".join((lead + phrase * len(words))[: len(words)])
     if way == 1:  # all words shuffled
         return " ".join(rng.sample(words, len(words)))
     if way == 2:  # neighbours swapped here and there: still close to the answer
-        for _ in range(max(2, len(words) // 4)):
-            j = rng.randrange(len(words) - 1)
+        for j in rng.sample(range(0, len(words) - 1, 2), max(2, len(words) // 6)):
             words[j], words[j + 1] = words[j + 1], words[j]
         return " ".join(words)
     if way == 3:  # stops inside a word, early

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, StringConstraints, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from mara_rl.errors import DataError
 
@@ -18,9 +18,11 @@ NonBlank = Annotated[str, StringConstraints(pattern=r"\S")]
 
 
 class Pair(BaseModel):
-    """``chosen`` is the better answer to ``prompt``; ``kind`` says what the pair tests, if known.
+    """``chosen`` is the better answer to ``prompt``.
 
-    Other fields of a row (an id, a source) are ignored. An answer may be empty, a prompt may not.
+    ``kind`` says what the pair tests, ``weight`` how much it counts in a fit, ``answerable`` that
+    the prompt deserves an answer. Other fields of a row (an id, a source) are ignored. An answer
+    may be empty, a prompt may not.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True, strict=True)
@@ -29,6 +31,8 @@ class Pair(BaseModel):
     chosen: str
     rejected: str
     kind: str = ""
+    weight: float = Field(default=1.0, gt=0)
+    answerable: bool = False
 
 
 class Response(BaseModel):

@@ -91,7 +91,7 @@ def test_torn_weights_are_named(tmp_path, files):
 def test_missing_shard_is_named(tmp_path):
     path = BeaverFolder(tmp_path / "beaver").write("bin-sharded")
     (path / "pytorch_model-00002-of-00002.bin").unlink()
-    with pytest.raises(DataError, match="pytorch_model-00002-of-00002.bin"):
+    with pytest.raises(DataError, match=r"pytorch_model-00002-of-00002\.bin"):
         load_score_model(path, device="cpu")
 
 
@@ -130,5 +130,5 @@ def test_wrong_config_field_is_named(tmp_path, fields, named):
 def test_config_that_is_no_object(tmp_path):
     path = BeaverFolder(tmp_path / "beaver").write()
     (path / "config.json").write_text(json.dumps([1]))
-    with pytest.raises(DataError, match="config.json"):
+    with pytest.raises(DataError, match=r"config\.json"):
         load_score_model(path, device="cpu")

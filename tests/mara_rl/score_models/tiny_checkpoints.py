@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -34,6 +34,7 @@ def tiny_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToken
     vocabulary = {token: i for i, token in enumerate(special + characters)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         unk_token="<unk>",
@@ -82,14 +83,12 @@ class BeaverFolder:
         (self.path / "config.json").write_text(json.dumps(config))
         tiny_tokenizer(None).save_pretrained(self.path)
         kind, _, sharded = files.partition("-")
-        stem, suffix = (
-            ("model", "safetensors") if kind == "safetensors" else ("pytorch_model", "bin")
-        )
+        stem = "model" if kind == "safetensors" else "pytorch_model"
         keys = sorted(self.state)
         shards = [keys[: len(keys) // 2], keys[len(keys) // 2 :]] if sharded else [keys]
         weight_map = {}
         for number, shard in enumerate(shards, start=1):
-            name = f"{stem}-{number:05d}-of-00002.{suffix}" if sharded else f"{stem}.{suffix}"
+            name = f"{stem}-{number:05d}-of-00002.{kind}" if sharded else f"{stem}.{kind}"
             state = {key: self.state[key].contiguous() for key in shard}
             if kind == "safetensors":
                 save_file(state, self.path / name)
@@ -98,7 +97,7 @@ class BeaverFolder:
             weight_map |= dict.fromkeys(shard, name)
         if sharded:
             index = {"metadata": {}, "weight_map": weight_map}
-            (self.path / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
+            (self.path / f"{stem}.{kind}.index.json").write_text(json.dumps(index))
         return self.path
 
     def reference(self, prompt: str, response: str) -> float:
