@@ -23,7 +23,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from mara_rl.errors import ConfigError, DataError, RetryableError
+from mara_rl.errors import ConfigError, DataError, MaraError, RetryableError
 from services.in_process_scorer import finite_or_nan
 
 logger = logging.getLogger(__name__)
@@ -159,5 +159,7 @@ def _may_succeed_later(error: BaseException) -> bool:
 def _one_line(error: BaseException) -> str:
     if isinstance(error, RayTaskError):
         error = error.cause
+    if isinstance(error, MaraError):  # a sentence for the user already
+        return str(error)
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
