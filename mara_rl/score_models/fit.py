@@ -122,11 +122,9 @@ def train_lora(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         count = layers.spec.num_layers
+        upper = "|".join(str(layer) for layer in range(count // 2, count))
         config = LoraConfig(
-            r=8,
-            lora_alpha=16,
-            target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-            layers_to_transform=list(range(count // 2, count)),
+            r=8, lora_alpha=16, target_modules=rf"layers\.({upper})\.self_attn\.[qkvo]_proj"
         )
         model = get_peft_model(layers.model, config)
         head = nn.Linear(layers.hidden_size, 1, bias=False).to(model.device)
