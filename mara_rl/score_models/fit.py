@@ -93,7 +93,7 @@ def fit_slice(
 
     held_out = out_of_fold_margins(fold_of_pair, margins)
     tables = [accuracy_by_kind(pairs, column) for column in held_out.unbind(dim=1)]
-    best = max(range(len(L2_GRID)), key=lambda i: tables[i]["all"].correct)
+    best = max(range(len(L2_GRID)), key=lambda i: (tables[i]["all"].correct, i))
     sign = {"reward": 1.0, "cost": -1.0}[spec.score_type]
     return FitResult(
         head=fit_head(pairs, features, L2_GRID[best], gated=spec.gated, sign=sign),

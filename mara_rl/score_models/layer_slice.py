@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from mara_rl.errors import ConfigError, DataError
@@ -167,7 +167,7 @@ def save_slice(folder: Path, spec: SliceSpec, head: ScoreHead, adapter: Any | No
         scratch.mkdir()
         (scratch / CONFIG_FILE).write_text(json.dumps(spec.model_dump(), indent=2) + "\n")
         weights = {key: value.contiguous() for key, value in head.state_dict().items()}
-        save_file(weights, scratch / WEIGHTS_FILE)
+        (scratch / WEIGHTS_FILE).write_bytes(save(weights))
         if adapter is not None:
             adapter.save_pretrained(scratch / ADAPTER_FOLDER)
         os.rename(scratch, folder)
