@@ -39,7 +39,7 @@ def plain_key(key: str) -> str:
     """
     parts = [part.strip() for part in re.sub(r"[^\w\-. /]", "_", key, flags=re.ASCII).split("/")]
     plain = "/".join(part for part in parts if part.strip("."))[:_KEY_CHARS]
-    if plain == key:
+    if plain and plain == key:
         return key
     digest = hashlib.sha256(key.encode()).hexdigest()[:_DIGEST_CHARS]
     return f"{plain[: _KEY_CHARS - _DIGEST_CHARS - 1]}-{digest}"

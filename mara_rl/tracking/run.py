@@ -1,6 +1,7 @@
 """One MLflow run: params, metrics that outlive a server's absence, artifacts, agents."""
 
 import importlib.metadata
+import json
 import logging
 import math
 import re
@@ -29,6 +30,8 @@ _MODEL_CODE = Path(__file__).with_name("agent_pyfunc.py")
 _MODEL_NAME = "agent"
 _PARAMS_PER_CALL = 100
 _METRICS_PER_CALL = 1000
+_TAG_CHARS = 5000
+_RETRIES = 5  # with MLflow's backoff up to about half a minute
 _PAUSE_S = 30.0  # between attempts while the server is known to be away
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -106,12 +109,12 @@ class TrackingRun:
 
     def flush(self) -> None:
         """Send what is buffered. Raises RetryableError when the server is still away."""
-        with mlflow_errors(self.uri), http_limits(timeout_s=20, retries=5):
+        with mlflow_errors(self.uri), http_limits(timeout_s=20, retries=_RETRIES):
             self._send_buffer()
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the run. Raises RetryableError or DataError as `log_artifact`."""
-        with mlflow_errors(self.uri), http_limits(timeout_s=20, retries=5):
+        with mlflow_errors(self.uri), http_limits(timeout_s=20, retries=_RETRIES):
             self._client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
 
     def log_artifact(self, path: Path, artifact_path: str | None = None) -> None:
@@ -122,14 +125,14 @@ class TrackingRun:
         """
         if not path.is_file():
             raise DataError(f"artifact {path}: no such file")
-        with mlflow_errors(self.uri), http_limits(timeout_s=60, retries=5):
+        with mlflow_errors(self.uri), http_limits(timeout_s=60, retries=_RETRIES):
             self._client.log_artifact(self.run_id, str(path), artifact_path)
 
     def log_artifacts(self, folder: Path, artifact_path: str | None = None) -> None:
         """Upload what a folder holds; errors as `log_artifact`."""
         if not folder.is_dir():
             raise DataError(f"artifacts {folder}: no such folder")
-        with mlflow_errors(self.uri), http_limits(timeout_s=60, retries=5):
+        with mlflow_errors(self.uri), http_limits(timeout_s=60, retries=_RETRIES):
             self._client.log_artifacts(self.run_id, str(folder), artifact_path)
 
     def log_agent(self, folder: Path) -> str:
@@ -146,7 +149,7 @@ class TrackingRun:
         client = self._client
         with (
             mlflow_errors(self.uri),
-            http_limits(timeout_s=60, retries=5),
+            http_limits(timeout_s=60, retries=_RETRIES),
             tempfile.TemporaryDirectory() as scratch,
             warnings.catch_warnings(),
         ):
@@ -184,8 +187,8 @@ class TrackingRun:
         """Send what is buffered and end the run. Raises RetryableError when that cannot be done."""
         self.flush()
         if self.non_finite:
-            self.log_tags({"non_finite_metrics": str(dict(self.non_finite))[:5000]})
-        with mlflow_errors(self.uri), http_limits(timeout_s=20, retries=5):
+            self.log_tags({"non_finite_metrics": json.dumps(self.non_finite)[:_TAG_CHARS]})
+        with mlflow_errors(self.uri), http_limits(timeout_s=20, retries=_RETRIES):
             self._client.set_terminated(self.run_id, status)
 
     def __enter__(self) -> "TrackingRun":

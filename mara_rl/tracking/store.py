@@ -104,14 +104,14 @@ def mlflow_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except RequestException as error:  # up- and downloads of artifacts
-        raise RetryableError(f"{where} cannot serve: {_first_line(error)}") from error
+        raise RetryableError(f"{where} cannot serve: {_reason(error)}") from error
     except MlflowException as error:
         status = error.get_http_status_code()
         if status in (401, 403):
-            raise ConfigError(f"{where} refused access: {_first_line(error)}") from error
+            raise ConfigError(f"{where} refused access: {_reason(error)}") from error
         if status == 429 or status >= 500:
-            raise RetryableError(f"{where} cannot serve: {_first_line(error)}") from error
-        raise DataError(f"{where}: {_first_line(error)}") from error
+            raise RetryableError(f"{where} cannot serve: {_reason(error)}") from error
+        raise DataError(f"{where}: {_reason(error)}") from error
 
 
 @contextlib.contextmanager
@@ -149,28 +149,22 @@ def _check(uri: str, what: str) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
-        with http_limits(timeout_s=_CHECK_TIMEOUT_S, retries=1), mlflow_errors(uri):
+        with http_limits(timeout_s=_CHECK_TIMEOUT_S, retries=0), mlflow_errors(uri):
             mlflow_client(uri).search_experiments(max_results=1)
     except RetryableError as error:
         raise RetryableError(
-            f"{what} {hide_credentials(uri)}: no answer: {_cause(error)}"
+            f"{what} {hide_credentials(uri)}: no answer: {_reason(error.__cause__ or error)}"
         ) from error
     except (DataError, ImportError, ValueError, MlflowException) as error:
         raise ConfigError(
-            f"{what} {hide_credentials(uri)}: not an MLflow server or database: "
-            f"{_first_line(error)}"
+            f"{what} {hide_credentials(uri)}: not an MLflow server or database: {_reason(error)}"
         ) from error
 
 
-def _cause(error: BaseException) -> str:
-    """The innermost reason, e.g. "Connection refused", of a request's chain of errors."""
-    while (inner := error.__cause__ or error.__context__) is not None:
-        error = inner
-    return _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return hide_credentials(str(error).strip() or type(error).__name__).splitlines()[0]
+def _reason(error: BaseException) -> str:
+    """Its first line without credentials; of a failed connection only what caused it."""
+    line = hide_credentials(str(error).strip() or type(error).__name__).splitlines()[0]
+    return line.rpartition("(Caused by ")[2]
 
 
 def _quiet() -> None:

@@ -1,0 +1,123 @@
+"""A real ``mlflow server`` and ready-made SQLite stores for the tests of this folder."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import requests
+import torch
+
+from mara_rl.agent import Agent, AgentSpec
+from mara_rl.agent_files import save_agent
+from mara_rl.tracking.store import mlflow_client
+
+
+class MLflowServer:
+    """An ``mlflow server`` on a free loopback port, its data in ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        self.folder = folder
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = f"server --host 127.0.0.1 --port {self.port} --workers 1".split()
+        store = f"sqlite:///{self.folder / 'mlflow.db'}"
+        artifacts = str(self.folder / "artifacts")
+        with open(self.folder / "server.log", "ab") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "mlflow", *command),
+                    *("--backend-store-uri", store, "--artifacts-destination", artifacts),
+                ],
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + 120
+        while True:
+            with contextlib.suppress(requests.ConnectionError):
+                if requests.get(f"{self.uri}/health", timeout=5).ok:
+                    return
+            assert self.process.poll() is None, (self.folder / "server.log").read_text()
+            assert time.monotonic() < deadline, "mlflow server does not answer"
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        """SIGKILL to the server and its worker."""
+        if self.process is not None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+@pytest.fixture(scope="session")
+def migrated_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database with all its tables, which take seconds to create."""
+    path = tmp_path_factory.mktemp("migrated") / "mlflow.db"
+    mlflow_client(f"sqlite:///{path}").search_experiments(max_results=1)
+    return path
+
+
+@pytest.fixture
+def sqlite_uri(migrated_db: Path, tmp_path: Path) -> str:
+    shutil.copy(migrated_db, tmp_path / "mlflow.db")
+    return f"sqlite:///{tmp_path / 'mlflow.db'}"
+
+
+@pytest.fixture(scope="session")
+def mlflow_server(
+    migrated_db: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[MLflowServer]:
+    folder = tmp_path_factory.mktemp("mlflow-server")
+    shutil.copy(migrated_db, folder)
+    server = MLflowServer(folder)
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def own_server(migrated_db: Path, tmp_path: Path) -> Iterator[MLflowServer]:
+    """A server of this test alone, which it may kill and start again."""
+    folder = tmp_path / "server"
+    folder.mkdir()
+    shutil.copy(migrated_db, folder)
+    server = MLflowServer(folder)
+    server.start()
+    yield server
+    server.kill()
+
+
+@pytest.fixture(params=[pytest.param("server", marks=pytest.mark.slow), "sqlite"])
+def uri(request: pytest.FixtureRequest) -> str:
+    """Each kind of MLflow in turn: a server and a plain SQLite file."""
+    if request.param == "sqlite":
+        return request.getfixturevalue("sqlite_uri")
+    return request.getfixturevalue("mlflow_server").uri
+
+
+@pytest.fixture
+def make_agent(tmp_path: Path) -> Callable[..., Path]:
+    """Writes agents with random weights to folders of their own."""
+
+    def make(seed: int = 0, head: str = "relative", hidden_size: int = 6) -> Path:
+        torch.manual_seed(seed)
+        agent = Agent(AgentSpec(hidden_size=hidden_size, head=head, llm="some/llm"))
+        torch.nn.init.normal_(agent.network.output_linear.weight)
+        folder = tmp_path / f"agent-{head}-{seed}"
+        save_agent(agent, folder, metadata={"seed": seed})
+        return folder
+
+    return make
