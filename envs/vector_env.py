@@ -49,7 +49,8 @@ class TokenAcceptRejectVectorEnv(gym.vector.VectorEnv):
 
     def close_extras(self, **kwargs: Any) -> None:
         """Give unfinished prompts back to their source."""
-        self.task.prompts.close()
+        if hasattr(self, "task"):  # gymnasium also closes what failed to be made
+            self.task.prompts.close()
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

@@ -109,7 +109,7 @@ class PPOPhase:
             return None
         self._trained_rows = lifetime
         rollout = result["env_runners"].get("mara", {})
-        updates = learner["mara"]
+        updates = result["learners"]["mara"]
         policy = result["learners"]["default_policy"]
         figures = {f"rollout/{key}": float(value) for key, value in rollout.items()}
         decisions = figures.get("rollout/decisions", 0.0)

@@ -63,7 +63,8 @@ def train(
     spec = config.agent_spec(llm_hidden_size(config.llm.name))
     if config.driver_torch_threads is not None:
         torch.set_num_threads(config.driver_torch_threads)
-    logging.getLogger("ray.rllib").setLevel(logging.ERROR)
+    for name in ("ray.rllib", "ray.tune"):  # deprecations and hints that no user can act on
+        logging.getLogger(name).setLevel(logging.ERROR)
     resumed = load_newest_checkpoint(folder.checkpoints)
     state = resumed[0] if resumed else TrainState()
     with _interrupts() as check_interrupt, contextlib.ExitStack() as stack:
