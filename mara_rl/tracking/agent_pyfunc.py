@@ -30,9 +30,13 @@ class AcceptModel(PythonModel):
         self.head = spec["agent"]["head"]
         self.weights = load_file(context.artifacts["weights"])
 
-    # MLflow would take a hint of `model_input` for a schema; the signature is given when logging.
-    def predict(  # type: ignore[no-untyped-def]
-        self, context: PythonModelContext, model_input, params: dict[str, Any] | None = None
+    # The hint says "no schema to be had from hints" to MLflow, which warns about any other; what
+    # comes is a dict of arrays, checked against the logged signature.
+    def predict(
+        self,
+        context: PythonModelContext,
+        model_input: np.ndarray,
+        params: dict[str, Any] | None = None,
     ) -> np.ndarray:
         inputs = {name: torch.as_tensor(np.asarray(model_input[name])) for name in model_input}
         with torch.inference_mode():

@@ -7,7 +7,6 @@ import math
 import re
 import tempfile
 import time
-import warnings
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -151,14 +150,12 @@ class TrackingRun:
             mlflow_errors(self.uri),
             http_limits(timeout_s=60, retries=_RETRIES),
             tempfile.TemporaryDirectory() as scratch,
-            warnings.catch_warnings(),
         ):
             logged = client.create_logged_model(
                 self._experiment_id, _MODEL_NAME, source_run_id=self.run_id
             )
             status = LoggedModelStatus.FAILED
             try:
-                warnings.filterwarnings("ignore", ".*Add type hints", UserWarning)
                 mlflow.pyfunc.save_model(
                     path=f"{scratch}/model",
                     python_model=str(_MODEL_CODE),
