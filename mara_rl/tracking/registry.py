@@ -15,7 +15,7 @@ from mara_rl.agent import Agent
 from mara_rl.agent_files import SPEC_FILE, WEIGHTS_FILE, load_agent, load_local_agent
 from mara_rl.errors import ConfigError, DataError
 from mara_rl.tracking.promotion import PromotionEvidence, refusal
-from mara_rl.tracking.store import mlflow_client, mlflow_errors, slug, tracking_uri
+from mara_rl.tracking.store import mlflow_calls, mlflow_client, slug, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion, RegisteredModel
@@ -72,7 +72,7 @@ class AgentRegistry:
         model_id = model_uri.removeprefix("models:/")
         if model_id == model_uri or not re.fullmatch(r"m-\w+", model_id):
             raise DataError(f"model URI {model_uri!r}; expected models:/m-…, as log_agent gives it")
-        with mlflow_errors(self.uri):
+        with mlflow_calls(self.uri):
             logged = self._client.get_logged_model(model_id)
             try:
                 self._client.create_registered_model(model_name)
@@ -106,13 +106,13 @@ class AgentRegistry:
     def fetched(self, ref: str) -> Iterator[Path]:
         """A temporary folder with the two files of a ``models:/…`` or ``runs:/…`` agent."""
         with tempfile.TemporaryDirectory() as scratch:
-            with mlflow_errors(self.uri):
+            with mlflow_calls(self.uri):
                 self._download(ref, self._location(ref), scratch)
             yield Path(scratch)
 
     def list(self) -> Sequence[RegisteredAgent]:
         """All registered agents, by name."""
-        with mlflow_errors(self.uri):
+        with mlflow_calls(self.uri):
             agents, token = [], None
             while True:
                 page = self._client.search_registered_models(
@@ -127,7 +127,7 @@ class AgentRegistry:
 
     def show(self, name: str) -> Sequence[AgentVersion]:
         """All versions of an agent, the newest first."""
-        with mlflow_errors(self.uri):
+        with mlflow_calls(self.uri):
             aliases = self._aliases(name)
             versions, token = [], None
             while True:
@@ -140,7 +140,7 @@ class AgentRegistry:
 
     def find(self, ref: str) -> AgentVersion:
         """The version that ``models:/name@alias`` or ``models:/name/version`` names."""
-        with mlflow_errors(self.uri):
+        with mlflow_calls(self.uri):
             found = self._find(ref)
             return _version(found, self._aliases(found.name))
 
@@ -148,7 +148,7 @@ class AgentRegistry:
         """The champion's version; None without one, or when ``name`` is not registered yet."""
         from mlflow.exceptions import MlflowException
 
-        with mlflow_errors(self.uri):
+        with mlflow_calls(self.uri):
             try:
                 return self._aliases(name).get(CHAMPION)
             except MlflowException as error:
@@ -173,7 +173,7 @@ class AgentRegistry:
         if force_reason is not None and not force_reason.strip():
             raise ConfigError("reason is empty; expected why the gate is to be skipped")
         champion = self.champion(name)
-        with mlflow_errors(self.uri):
+        with mlflow_calls(self.uri):
             self._client.get_model_version(name, str(version))  # unknown: say so first
             if champion == version:
                 return PromotionResult(True, f"{name} version {version} is champion already")

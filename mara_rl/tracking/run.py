@@ -21,16 +21,15 @@ from mlflow.types import ColSpec, Schema, TensorSpec
 
 from mara_rl.agent import AgentSpec
 from mara_rl.agent_files import SPEC_FILE, WEIGHTS_FILE, read_agent_spec
-from mara_rl.errors import DataError, RetryableError
+from mara_rl.errors import DataError, MaraError, RetryableError
 from mara_rl.tracking.flat_values import flat_metrics, flat_params
-from mara_rl.tracking.store import experiment_id, http_limits, mlflow_client, mlflow_errors
+from mara_rl.tracking.store import experiment_id, mlflow_calls, mlflow_client
 
 _MODEL_CODE = Path(__file__).with_name("agent_pyfunc.py")
 _MODEL_NAME = "agent"
 _PARAMS_PER_CALL = 100
 _METRICS_PER_CALL = 1000
 _TAG_CHARS = 5000
-_RETRIES = 5  # with MLflow's backoff up to about half a minute
 _PAUSE_S = 30.0  # between attempts while the server is known to be away
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -70,7 +69,7 @@ class TrackingRun:
         server is away.
         """
         client = mlflow_client(uri)
-        with mlflow_errors(uri), http_limits(timeout_s=20, retries=3):
+        with mlflow_calls(uri):
             if run_id is None:
                 created = client.create_run(experiment_id(client, experiment), run_name=run_name)
             else:
@@ -108,12 +107,12 @@ class TrackingRun:
 
     def flush(self) -> None:
         """Send what is buffered. Raises RetryableError when the server is still away."""
-        with mlflow_errors(self.uri), http_limits(timeout_s=20, retries=_RETRIES):
+        with mlflow_calls(self.uri):
             self._send_buffer()
 
     def log_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags of the run. Raises RetryableError or DataError as `log_artifact`."""
-        with mlflow_errors(self.uri), http_limits(timeout_s=20, retries=_RETRIES):
+        with mlflow_calls(self.uri):
             self._client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
 
     def log_artifact(self, path: Path, artifact_path: str | None = None) -> None:
@@ -124,14 +123,14 @@ class TrackingRun:
         """
         if not path.is_file():
             raise DataError(f"artifact {path}: no such file")
-        with mlflow_errors(self.uri), http_limits(timeout_s=60, retries=_RETRIES):
+        with mlflow_calls(self.uri, timeout_s=60):
             self._client.log_artifact(self.run_id, str(path), artifact_path)
 
     def log_artifacts(self, folder: Path, artifact_path: str | None = None) -> None:
         """Upload what a folder holds; errors as `log_artifact`."""
         if not folder.is_dir():
             raise DataError(f"artifacts {folder}: no such folder")
-        with mlflow_errors(self.uri), http_limits(timeout_s=60, retries=_RETRIES):
+        with mlflow_calls(self.uri, timeout_s=60):
             self._client.log_artifacts(self.run_id, str(folder), artifact_path)
 
     def log_agent(self, folder: Path) -> str:
@@ -147,8 +146,7 @@ class TrackingRun:
             raise DataError(f"agent folder {folder} has no {WEIGHTS_FILE}")
         client = self._client
         with (
-            mlflow_errors(self.uri),
-            http_limits(timeout_s=60, retries=_RETRIES),
+            mlflow_calls(self.uri, timeout_s=60),
             tempfile.TemporaryDirectory() as scratch,
         ):
             logged = client.create_logged_model(
@@ -185,7 +183,7 @@ class TrackingRun:
         self.flush()
         if self.non_finite:
             self.log_tags({"non_finite_metrics": json.dumps(self.non_finite)[:_TAG_CHARS]})
-        with mlflow_errors(self.uri), http_limits(timeout_s=20, retries=_RETRIES):
+        with mlflow_calls(self.uri):
             self._client.set_terminated(self.run_id, status)
 
     def __enter__(self) -> "TrackingRun":
@@ -202,7 +200,7 @@ class TrackingRun:
             return
         try:
             self.close("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-        except (RetryableError, DataError) as lost:
+        except MaraError as lost:
             # The error that ended the run is the one to report.
             _logger.warning(
                 "run %s ended but %d batches lost: %s", self.run_id, self.buffered, lost
@@ -225,7 +223,7 @@ class TrackingRun:
     def _try_flush(self) -> None:
         try:
             retries = 0 if self._next_attempt else 2  # known to be away: ask once
-            with mlflow_errors(self.uri), http_limits(timeout_s=5, retries=retries):
+            with mlflow_calls(self.uri, timeout_s=5, retries=retries):
                 self._send_buffer()
         except RetryableError as error:
             if not self._next_attempt:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 _CHECK_TIMEOUT_S = 5
 _SQLITE = "sqlite:///"
+_RETRIES = 5  # with MLflow's backoff up to about half a minute
 
 
 def tracking_uri(*, allow_local: bool) -> str:
@@ -91,6 +92,14 @@ def hide_credentials(text: str) -> str:
 
 
 @contextlib.contextmanager
+def mlflow_calls(uri: str, *, timeout_s: int = 20, retries: int | None = None) -> Iterator[None]:
+    """Around calls of MLflow: `http_limits` and `mlflow_errors`; 5 retries unless told otherwise."""
+    limits = http_limits(timeout_s=timeout_s, retries=_RETRIES if retries is None else retries)
+    with limits, mlflow_errors(uri):
+        yield
+
+
+@contextlib.contextmanager
 def mlflow_errors(uri: str) -> Iterator[None]:
     """Turn MLflow's errors into one line each.
 
@@ -149,7 +158,7 @@ def _check(uri: str, what: str) -> None:
     from mlflow.exceptions import MlflowException
 
     try:
-        with http_limits(timeout_s=_CHECK_TIMEOUT_S, retries=0), mlflow_errors(uri):
+        with mlflow_calls(uri, timeout_s=_CHECK_TIMEOUT_S, retries=0):
             mlflow_client(uri).search_experiments(max_results=1)
     except RetryableError as error:
         raise RetryableError(

@@ -189,7 +189,7 @@ def test_an_unknown_version_is_not_promoted(sqlite_uri, name, make_agent):
 
 
 def test_a_server_that_is_away_is_retryable(monkeypatch):
-    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr("mara_rl.tracking.store._RETRIES", 0)
     with pytest.raises(RetryableError, match=r"cannot serve.*refused"):
         AgentRegistry("http://127.0.0.1:9").list()
 

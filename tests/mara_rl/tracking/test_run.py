@@ -154,7 +154,7 @@ def test_while_the_server_is_away_training_is_hardly_held_up(own_server):
 
 @pytest.mark.slow
 def test_batches_that_cannot_be_sent_at_the_end_are_an_error(own_server, monkeypatch, caplog):
-    monkeypatch.setattr(run_module, "_RETRIES", 1)
+    monkeypatch.setattr("mara_rl.tracking.store._RETRIES", 1)
     run = start(own_server.uri)
     own_server.kill()
     run.log_metrics({"loss": 1.0}, step=1)
