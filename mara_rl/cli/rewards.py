@@ -79,8 +79,8 @@ def train(
         gated=gated,
     )
     device = _prepare_torch()
-    # Head alone: features once. LoRA: training and features, in each fold and once more.
-    total = len(rows) if adapter == "none" else round(len(rows) * (2 * folds + epochs * folds))
+    # Features of all pairs once; for LoRA in every fold as well, beside the training itself.
+    total = len(rows) * (1 if adapter == "none" else 1 + folds + epochs * folds)
     with _progress("pairs", total) as advance:
         result = fit_slice(
             rows,
