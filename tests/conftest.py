@@ -1,0 +1,53 @@
+"""Fixtures every test may use: a home of its own, tiny LLMs, the real SmolLM2."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """MARA_HOME for the whole session, so that SmolLM2 is converted once."""
+    before = os.environ.get("MARA_HOME")
+    home = tmp_path_factory.mktemp("mara-home")
+    os.environ["MARA_HOME"] = str(home)
+    yield home
+    if before is None:
+        del os.environ["MARA_HOME"]
+    else:
+        os.environ["MARA_HOME"] = before
+
+
+@pytest.fixture(scope="session")
+def tiny_llms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of tiny random LLMs by architecture; Mistral's window is shorter than any answer."""
+    from tiny_llms import save_tiny_llms
+
+    return save_tiny_llms(tmp_path_factory.mktemp("tiny-llms"))
+
+
+@pytest.fixture(params=["llama", "mistral"])
+def tiny_llm(request: pytest.FixtureRequest, tiny_llms: dict[str, Path]):
+    """Each tiny LLM in turn, loaded in float32."""
+    from mara_rl.policy_llm import load_policy_llm
+
+    return load_policy_llm(str(tiny_llms[request.param]), device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The real SmolLM2-135M-Instruct on the CPU in float32."""
+    from mara_rl.policy_llm import SMOLLM2, load_policy_llm
+
+    return load_policy_llm(SMOLLM2, device="cpu", dtype="float32")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """No test depends on what ran before it."""
+    torch.manual_seed(0)
