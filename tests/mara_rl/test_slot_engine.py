@@ -30,7 +30,7 @@ def test_mixed_lengths_rejections_and_slot_reuse(tiny_llm: PolicyLLM) -> None:
     for _ in range(30):
         pending = torch.randint(3, 90, (3,))
         h = engine.propose(pending)
-        looked = [s + [int(t)] for s, t in zip(sequences, pending, strict=True)]
+        looked = [[*s, int(t)] for s, t in zip(sequences, pending, strict=True)]
         assert_states(tiny_llm, h, looked)
         accepted = torch.rand(3) < 0.5  # the others are rejected and overwritten
         engine.commit(accepted)
@@ -42,7 +42,7 @@ def test_mixed_lengths_rejections_and_slot_reuse(tiny_llm: PolicyLLM) -> None:
     assert_states(tiny_llm, engine.prefill([1], [sequences[1]]), [sequences[1]])
     pending = torch.randint(3, 90, (3,))
     h = engine.propose(pending)
-    looked = [s + [int(t)] for s, t in zip(sequences, pending, strict=True)]
+    looked = [[*s, int(t)] for s, t in zip(sequences, pending, strict=True)]
     assert_states(tiny_llm, h, looked)
 
 
@@ -90,9 +90,9 @@ def test_smollm2(smollm2: PolicyLLM) -> None:
         for row in (0, 1):
             torch.testing.assert_close(
                 h[row],
-                plain_state(smollm2, sequences[row] + [int(pending[row])]),
+                plain_state(smollm2, [*sequences[row], int(pending[row])]),
                 rtol=1e-3,
                 atol=2e-3,
             )
         engine.commit(torch.tensor([True, False]))
-        sequences[0] = sequences[0] + [int(pending[0])]
+        sequences[0] = [*sequences[0], int(pending[0])]

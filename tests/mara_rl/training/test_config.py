@@ -1,0 +1,52 @@
+"""The config schema: presets load, bad settings are named."""
+
+from pathlib import Path
+
+import pytest
+
+from mara_rl.errors import ConfigError
+from mara_rl.training.config import load_config, preset_names
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_load(name: str) -> None:
+    assert load_config(name).name == name
+
+
+def test_overrides_reach_nested_settings() -> None:
+    config = load_config("quickstart", ["ppo.kl_coeff=0.25", "scores.cost.weight=-2", "seed=7"])
+    assert (config.ppo.kl_coeff, config.scores["cost"].weight, config.seed) == (0.25, -2, 7)
+    assert load_config("quickstart", ["warm_start=null"]).warm_start is None
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("ppo.speed=3", "unknown key 'ppo.speed'"),
+        ("ppo.kl_coeff=lots", "ppo.kl_coeff: input should be a valid number"),
+        ("seed=-1", "seed: input should be greater than or equal to 0, not -1"),
+        ("seed", "expected key=value"),
+        ("seed.x=1", "'seed' is a value, not a section"),
+        ("ppo.kl_coeff=[1", "value is not YAML"),
+        ("ppo.minibatch_size=100000", "ppo.minibatch_size: 100000 is more than"),
+        ("agent.head=paper", "warm_start: needs agent.head"),
+        ("name=../up", "name: string should match pattern"),
+        ("scores={}", "every weight is 0"),
+    ],
+)
+def test_bad_overrides_are_named(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("[", r"\[")) as caught:
+        load_config("quickstart", [override])
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_preset_lists_the_known(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"neither a preset .*quickstart.* nor a file"):
+        load_config("quikstart")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("a: [1", encoding="utf-8")
+    with pytest.raises(ConfigError, match="not YAML"):
+        load_config(str(broken))
+    broken.write_text("- 1", encoding="utf-8")
+    with pytest.raises(ConfigError, match="expected a mapping"):
+        load_config(str(broken))

@@ -1,0 +1,55 @@
+"""Value regression and how an agent leans on it."""
+
+import pytest
+import torch
+
+from mara_rl.agent import Agent, AgentSpec
+from mara_rl.training.config import WarmStartConfig
+from mara_rl.training.value_warm_start import BaseAnswer, fit_value, lean
+
+H = 8
+
+
+def answers(n: int = 200) -> list[BaseAnswer]:
+    """The reward is the first component of the answer's mean state."""
+    made = []
+    for i in range(n):
+        offset = torch.randn(H)
+        states = (offset + 0.3 * torch.randn(6, H)).half()
+        made.append(BaseAnswer(f"prompt {i // 4}", states, offset[0].item()))
+    return made
+
+
+@pytest.fixture(scope="module")
+def config() -> WarmStartConfig:
+    return WarmStartConfig(answers=200, epochs=15, batch_size=64, lr=1e-3)
+
+
+def test_fit_explains_prompts_it_never_saw_and_is_seeded(config: WarmStartConfig) -> None:
+    data = answers()
+    fit = fit_value(data, config, seed=3)
+    assert fit.r2 > 0.6
+    assert fit.r2_within_prompt > 0.6
+    again = fit_value(data, config, seed=3)
+    for a, b in zip(fit.network.parameters(), again.network.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_relative_agent_moves_by_the_difference_of_q(config: WarmStartConfig) -> None:
+    data = answers()
+    value = fit_value(data, config, seed=0).network
+    agent = Agent(AgentSpec(hidden_size=H, head="relative"))
+    lean(agent, value, data, beta=0.5)
+    h, prefix, base = torch.randn(5, H), torch.randn(5, H), torch.randn(5)
+    expected = base + (value(h) - value(prefix))[:, 0] / 0.5
+    torch.testing.assert_close(agent.accept_logit(h, base, prefix), expected)
+
+
+def test_anchored_agent_prefers_what_raises_q(config: WarmStartConfig) -> None:
+    data = answers()
+    value = fit_value(data, config, seed=0).network
+    agent = Agent(AgentSpec(hidden_size=H, head="anchored"))
+    lean(agent, value, data, beta=0.1)
+    assert agent.accept_logit(torch.randn(3, H), torch.zeros(3)).shape == (3,)
+    with pytest.raises(ValueError, match="paper"):
+        lean(Agent(AgentSpec(hidden_size=H, head="paper")), value, data, beta=1)
