@@ -22,12 +22,9 @@ app.add_typer(rewards.app, name="rewards")
 
 
 def main() -> None:
-    """Run the command line: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    """Run the command line. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     try:
         app()
     except MaraError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)

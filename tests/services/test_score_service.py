@@ -61,7 +61,6 @@ def cluster() -> Iterator[None]:
 def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ScoreServiceConfig]:
     """Two tiny beaver checkpoints that score differently."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parents[1] / "mara_rl" / "score_models"))
         from tiny_checkpoints import BeaverFolder
     root = tmp_path_factory.mktemp("beaver")
     reward, cost = BeaverFolder(root / "reward"), BeaverFolder(root / "cost")

@@ -1,0 +1,154 @@
+"""`mara-rl train` for real: Ray, Serve, Redis, MLflow, PPO, registry; only the models are tiny."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from tiny_checkpoints import BeaverFolder
+
+pytestmark = pytest.mark.slow
+
+RESULT_LINE = re.compile(r"^preference rate: [+-]\d+\.\d \[[+-]\d+\.\d, [+-]\d+\.\d\] \(n=\d+\)$")
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, tiny_llms: dict[str, Path]) -> Path:
+    """A config file whose LLM, score models and prompts are tiny."""
+    folder = tmp_path_factory.mktemp("train")
+    for name, kind in (("reward", "reward"), ("cost", "cost")):
+        BeaverFolder(folder / name, score_type=kind).write()
+    prompts = folder / "prompts.jsonl"
+    rows = [{"id": f"p{i}", "prompt": f"Tell me about {i} foxes."} for i in range(40)]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    service = {"num_cpus": 0.1, "torch_threads": 1}
+    settings = {
+        "name": "tiny",
+        "llm": {"name": str(tiny_llms["llama"]), "dtype": "float32"},
+        "candidates": {"top_k": 8, "top_p": 0.9},
+        "prompts": {"train": str(prompts), "heldout": str(prompts)},
+        "scores": {
+            "reward": {"model": str(folder / "reward"), "weight": 1.0, **service},
+            "cost": {"model": str(folder / "cost"), "weight": -1.0, **service},
+        },
+        "rollouts": {
+            "num_slots": 8,
+            "fragment_steps": 16,
+            "max_new_tokens": 6,
+            "num_cpus": 1,
+            "torch_threads": 1,
+        },
+        "warm_start": {"answers": 64, "epochs": 3, "batch_size": 64},
+        "ppo": {"iterations": 4, "kl_coeff": 0.05, "minibatch_size": 64},
+        "checkpoint": {"every_iterations": 2},
+        "evaluation": {"kl_prompts": 8},
+        "driver_torch_threads": 1,
+    }
+    path = folder / "tiny.yaml"
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MARA_HOME", str(tmp_path / "home"))
+    for name in ("RAY_ADDRESS", "MARA_REDIS_URL", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path / "home"
+
+
+def mara_rl(*arguments: str, timeout_s: float = 400) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from mara_rl.cli.app import main; main()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+
+
+def test_a_run_trains_compares_registers_and_resumes(config: Path, home: Path) -> None:
+    done = mara_rl("train", str(config))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len([line for line in lines if RESULT_LINE.match(line)]) == 1
+    assert "registered models:/mara-llama@candidate (version 1)" in lines
+    run = home / "tiny-1"
+    assert {p.name for p in run.iterdir()} == {"config.yaml", "checkpoints", "agent", "evaluation"}
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["000002", "000004"]
+    figures = json.loads((run / "evaluation" / "summary.json").read_text())
+    assert figures["all"]["n"] == 40
+    assert len((run / "evaluation" / "answers.jsonl").read_text().splitlines()) == 40
+    state = json.loads((run / "checkpoints" / "000004" / "state.json").read_text())
+    assert state["iteration"] == 4
+    assert state["score_scales"]["reward"] > 0
+
+    # Resumed at its end: nothing is trained again, the comparison comes out the same.
+    again = mara_rl("train", "--resume", "tiny-1")
+    assert again.returncode == 0, again.stderr
+    assert "resumed tiny-1 at iteration 4" in again.stdout
+    first, second = (
+        next(line for line in out.splitlines() if RESULT_LINE.match(line))
+        for out in (done.stdout, again.stdout)
+    )
+    assert first == second
+
+
+def test_ctrl_c_saves_and_the_run_resumes(config: Path, home: Path) -> None:
+    command = [sys.executable, "-c", "from mara_rl.cli.app import main; main()"]
+    command += ["train", str(config), "--set", "ppo.iterations=500", "--set", "evaluation=null"]
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    checkpoints = home / "tiny-1" / "checkpoints"
+    deadline = time.monotonic() + 300
+    while not list(checkpoints.glob("00000[2-9]")):
+        assert running.poll() is None, "training ended before it could be interrupted"
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    os.killpg(running.pid, signal.SIGINT)  # as a terminal does: to the whole process group
+    output, _ = running.communicate(timeout=120)
+    assert running.returncode == 130
+    assert "continue with `mara-rl train --resume tiny-1`" in output
+    newest = max(p.name for p in checkpoints.iterdir())
+
+    path = home / "tiny-1" / "config.yaml"
+    settings = yaml.safe_load(path.read_text())
+    settings["ppo"]["iterations"] = int(newest) + 1
+    path.write_text(yaml.safe_dump(settings))
+    resumed = mara_rl("train", "--resume", "tiny-1")
+    assert resumed.returncode == 0, resumed.stderr
+    assert f"resumed tiny-1 at iteration {int(newest)}" in resumed.stdout
+    assert (home / "tiny-1" / "agent" / "agent.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        (["train"], 2, "give either a config to start or --resume RUN"),
+        (["train", "nonsense"], 1, "error: config 'nonsense': neither a preset"),
+        (["train", "quickstart", "--set", "ppo.x=1"], 1, "error: config 'quickstart': unknown key"),
+        (["train", "--resume", "gone"], 1, "error: run 'gone': no such run"),
+        (
+            ["train", "quickstart", "--set", "prompts.train=missing.jsonl"],
+            1,
+            "error: missing.jsonl: no such file",
+        ),
+        (
+            ["train", "quickstart", "--set", "rollouts.num_runners=999"],
+            1,
+            "error: plan asks for 999.2 CPU (reward 0.1 + cost 0.1 + runners 999 x 1)",
+        ),
+        (
+            ["train", "quickstart", "--set", "llm.name=/no/such/llm"],
+            1,
+            "error: llm '/no/such/llm' could not be loaded",
+        ),
+    ],
+)
+def test_bad_input_is_named_on_one_line(
+    home: Path, arguments: list[str], status: int, message: str
+) -> None:
+    done = mara_rl(*arguments)
+    assert done.returncode == status
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
