@@ -93,7 +93,7 @@ def hide_credentials(text: str) -> str:
 
 @contextlib.contextmanager
 def mlflow_calls(uri: str, *, timeout_s: int = 20, retries: int | None = None) -> Iterator[None]:
-    """Around calls of MLflow: `http_limits` and `mlflow_errors`; 5 retries unless told otherwise."""
+    """`http_limits` and `mlflow_errors` around calls of MLflow; 5 retries by default."""
     limits = http_limits(timeout_s=timeout_s, retries=_RETRIES if retries is None else retries)
     with limits, mlflow_errors(uri):
         yield
