@@ -53,7 +53,10 @@ class Answer:
 
 
 class AcceptRejectTask:
-    """S slots that answer prompts, one candidate a step; see the package's environments."""
+    """S slots that answer prompts, one candidate a step; see the package's environments.
+
+    ``last_failure`` says why the last failed episode failed, "" before any has.
+    """
 
     def __init__(
         self,
@@ -88,6 +91,7 @@ class AcceptRejectTask:
             top_p=top_p,
             prefill_chunk_tokens=prefill_chunk_tokens,
         )
+        self.last_failure = ""
         self._open: dict[int, Answer] = {}
 
     def restart(self, generator: np.random.Generator) -> None:
@@ -117,7 +121,8 @@ class AcceptRejectTask:
         walk.step(torch.where(accept, ACCEPT, walk.index + 1))
         broken = walk.active & ~walk.h.isfinite().all(-1).cpu()
         for slot in broken.nonzero()[:, 0].tolist():
-            ended[slot] = self._finish(slot, "failed", "the LLM's hidden state is not finite")
+            ended[slot] = self._finish(slot, "failed")
+            self._fail(ended[slot], "the LLM's hidden state is not finite")
         if not self.defer_scores:
             self.score([a for a in ended.values() if a.finish_reason != "failed"])
         return ended
@@ -160,15 +165,15 @@ class AcceptRejectTask:
             scores = self.scorer.score([(a.prompt.text, a.response) for a in answers])
         except RetryableError as error:
             for answer in answers:
-                answer.finish_reason, answer.failure = "failed", str(error)
+                self._fail(answer, str(error))
             return
         rewards = self.reward(self.scorer.names, scores)
         for answer, row, reward in zip(answers, scores, rewards, strict=True):
             answer.scores = dict(zip(self.scorer.names, row.tolist(), strict=True))
             answer.reward = float(reward)
             if not np.isfinite(reward):
-                answer.finish_reason, answer.reward = "failed", 0.0
-                answer.failure = f"score not finite: {answer.scores}"
+                answer.reward = 0.0
+                self._fail(answer, f"score not finite: {answer.scores}")
 
     def _begin(self, slot: int) -> None:
         while True:
@@ -199,10 +204,14 @@ class AcceptRejectTask:
                 ended[slot] = self._finish(slot, "stop" if stop else "length")
         return ended
 
-    def _finish(self, slot: int, reason: str, failure: str = "") -> Answer:
+    def _fail(self, answer: Answer, failure: str) -> None:
+        answer.finish_reason, answer.failure = "failed", failure
+        self.last_failure = failure
+
+    def _finish(self, slot: int, reason: str) -> Answer:
         answer = self._open.pop(slot)
         tokens = self.walk.tokens[slot]
-        answer.finish_reason, answer.failure = reason, failure
+        answer.finish_reason = reason
         answer.num_tokens = len(tokens)
         answer.response = self.llm.text(tokens)
         self.walk.stop([slot])

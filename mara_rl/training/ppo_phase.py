@@ -12,8 +12,11 @@ from mara_rl.training.display import Display
 from mara_rl.training.learner_weights import LearnerWeights
 from mara_rl.training.rollout_group import RolloutGroup
 from mara_rl.training.run_folder import RunFolder
+from mara_rl.training.runner_errors import RunnerErrors
 from services.prompt_queue import PromptQueue
 from services.redis_server import redis_errors
+
+_RETRY_WAIT_S = 2.0
 
 
 class PPOPhase:
@@ -43,6 +46,7 @@ class PPOPhase:
         self._state = state
         self._display = display
         self._trained_rows = 0.0
+        self._runner_errors = RunnerErrors()
 
     def run(self, check_interrupt: Callable[[], None]) -> None:
         """Train until the configured iterations or minutes.
@@ -64,17 +68,18 @@ class PPOPhase:
                             f"no update for {ppo.no_progress_timeout_s:g} s "
                             f"(ppo.no_progress_timeout_s); checkpoint {state.iteration} is saved"
                         )
-                    self._display.line(
-                        f"iteration {state.iteration + 1}: no fresh samples, trying again "
-                        f"({self._algorithm.env_runner_group.num_healthy_remote_workers()} of "
-                        f"{self._config.rollouts.num_runners} runners alive)"
-                    )
-                    time.sleep(1.0)
+                    self._explain_no_progress()
+                    time.sleep(_RETRY_WAIT_S)
                     continue
                 progress_s = time.monotonic()
                 state.iteration += 1
                 state.training_s += progress_s - started_s
                 state.token_forwards += int(figures["rollout/token_forwards"])
+                if figures["rollout/failed_answers"]:
+                    self._display.line(
+                        f"iteration {state.iteration}: {figures['rollout/failed_answers']:.0f} "
+                        f"answers failed and were not trained on: {self._causes()}"
+                    )
                 figures["time/iteration_s"] = progress_s - started_s
                 figures["total/token_forwards"] = float(state.token_forwards)
                 self._tracking.log_metrics(figures, step=state.iteration)
@@ -96,6 +101,17 @@ class PPOPhase:
             )
             self._queue.ack_delivered(delivered)
         self._runners.barrier(self._state.iteration)
+
+    def _explain_no_progress(self) -> None:
+        alive = self._algorithm.env_runner_group.num_healthy_remote_workers()
+        self._display.line(
+            f"iteration {self._state.iteration + 1} brought nothing to learn from, trying again; "
+            f"{alive} of {self._config.rollouts.num_runners} runners alive: {self._causes()}"
+        )
+
+    def _causes(self) -> str:
+        causes = [self._runner_errors.last(), *self._runners.last_failures()]
+        return "; ".join(cause for cause in causes if cause) or "no cause reported"
 
     def _out_of_time(self) -> bool:
         minutes = self._config.ppo.minutes

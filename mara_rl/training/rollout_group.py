@@ -90,6 +90,15 @@ class RolloutGroup:
                     progress(len(result))
         return done
 
+    def last_failures(self) -> list[str]:
+        """Why episodes failed lately, one line from every actor that saw a failure."""
+        failures = self._group.foreach_env_runner(
+            lambda runner: runner.env.unwrapped.task.last_failure,
+            local_env_runner=False,
+            timeout_seconds=10.0,
+        )
+        return sorted({failure for failure in failures if failure})
+
 
 def derived_seed(*parts: int) -> int:
     """A 32-bit seed that depends on all parts."""

@@ -63,7 +63,8 @@ def train(
     spec = config.agent_spec(llm_hidden_size(config.llm.name))
     if config.driver_torch_threads is not None:
         torch.set_num_threads(config.driver_torch_threads)
-    for name in ("ray.rllib", "ray.tune"):  # deprecations and hints that no user can act on
+    # Deprecations and hints that no user can act on.
+    for name in ("ray.rllib", "ray.tune", "ray._common.deprecation"):
         logging.getLogger(name).setLevel(logging.ERROR)
     resumed = load_newest_checkpoint(folder.checkpoints)
     state = resumed[0] if resumed else TrainState()

@@ -10,6 +10,7 @@ import ray
 import torch
 from pydantic import ValidationError
 from ray import cloudpickle, serve
+from tiny_checkpoints import BeaverFolder
 
 from mara_rl.errors import ConfigError, RetryableError
 from mara_rl.score_models.loading import load_score_model
@@ -60,8 +61,6 @@ def cluster() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, ScoreServiceConfig]:
     """Two tiny beaver checkpoints that score differently."""
-    with pytest.MonkeyPatch.context() as patch:
-        from tiny_checkpoints import BeaverFolder
     root = tmp_path_factory.mktemp("beaver")
     reward, cost = BeaverFolder(root / "reward"), BeaverFolder(root / "cost")
     cost.state["score_head.weight"] = -2 * cost.state["score_head.weight"]
