@@ -1,11 +1,16 @@
 """Last phase: the agent against the base LLM on held-out prompts, then the registry."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from mara_rl.agent import Agent
+from mara_rl.decoding import DecodedAnswer
+from mara_rl.evaluation.comparison import JudgedAnswers, rates
 from mara_rl.evaluation.heldout import HeldoutResult, compare_heldout, report, save_heldout
 from mara_rl.score_models.loading import load_score_model
-from mara_rl.tracking.registry import AgentRegistry, PromotionEvidence, model_name_for
+from mara_rl.tracking.promotion import PromotionEvidence
+from mara_rl.tracking.registry import AgentRegistry, model_name_for, source_tags
 from mara_rl.tracking.run import TrackingRun
 from mara_rl.training.base_phase import score_in_batches
 from mara_rl.training.config import EvaluationConfig, TrainConfig
@@ -17,63 +22,94 @@ from services.prompt_files import PromptRecord
 from services.score_client import ScoreClient
 
 
-def evaluate(
-    config: TrainConfig,
-    evaluation: EvaluationConfig,
-    folder: RunFolder,
-    session: Session,
-    runners: RolloutGroup,
-    agent: Agent,
-    prompts: list[PromptRecord],
-    score_scales: dict[str, float],
-    display: Display,
-) -> HeldoutResult:
-    """Answer, judge, report and save; scores come from the services, judges run in process."""
-    prompts = prompts[: evaluation.max_prompts]
-    texts = [prompt.text for prompt in prompts]
-    kl_texts = texts[:: max(1, len(texts) // max(1, evaluation.kl_prompts))][
-        : evaluation.kl_prompts
-    ]
-    kinds = [str(prompt.extra.get("kind", "unlabelled")) for prompt in prompts]
-    with display.phase("held-out answers", total=2 * len(texts) + len(kl_texts)) as phase:
-        base = runners.answers(texts, rule="greedy", progress=phase.advance)
-        aligned = runners.answers(texts, agent=agent, progress=phase.advance)
-        kl_answers = runners.answers(
-            kl_texts,
-            agent=agent,
-            rule="sample",
-            seed=derived_seed(config.seed, 2),
-            progress=phase.advance,
-        )
-    with display.phase("judging", total=1):
-        scorer = ScoreClient(session.scores)
-        ours, theirs = (score_in_batches(scorer, answers) for answers in (aligned, base))
-        scores = {name: (ours[:, i], theirs[:, i]) for i, name in enumerate(scorer.names)}
-        judged = {}
-        for axis, name in evaluation.judges.items():
-            judge = load_score_model(name)
-            first, second = (
-                np.asarray(judge.score([(a.prompt, a.text) for a in answers]))
-                for answers in (aligned, base)
+@dataclass(frozen=True)
+class SystemAnswers:
+    """One system's greedy answers to the held-out prompts, with the services' scores by axis."""
+
+    answers: list[DecodedAnswer]
+    scores: dict[str, np.ndarray]
+
+    def judged(self) -> JudgedAnswers:
+        return JudgedAnswers([a.text for a in self.answers], self.scores)
+
+
+class HeldoutEvaluation:
+    """Answers to the held-out prompts by the rollout actors' LLMs, scored by the services."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        evaluation: EvaluationConfig,
+        prompts: list[PromptRecord],
+        runners: RolloutGroup,
+        session: Session,
+        display: Display,
+    ) -> None:
+        self._config = config
+        self._evaluation = evaluation
+        self._prompts = prompts[: evaluation.max_prompts]
+        self._texts = [prompt.text for prompt in self._prompts]
+        self._runners = runners
+        self._scorer = ScoreClient(session.scores)
+        self._display = display
+
+    def answers(self, name: str, agent: Agent | None) -> SystemAnswers:
+        """The answers of ``agent``, or of the base LLM for None."""
+        with self._display.phase(f"held-out answers, {name}", total=len(self._texts)) as phase:
+            answers = self._runners.answers(
+                self._texts,
+                agent=agent,
+                rule=None if agent else "greedy",
+                progress=phase.advance,
             )
-            judged[axis] = (first, second)
+            scores = score_in_batches(self._scorer, answers)
+        columns = {axis: scores[:, i] for i, axis in enumerate(self._scorer.names)}
+        return SystemAnswers(answers, columns)
+
+    def compare(
+        self, agent: Agent, aligned: SystemAnswers, folder: RunFolder, scales: dict[str, float]
+    ) -> HeldoutResult:
+        """Compare with the base LLM, print the report and save it in the run's folder."""
+        base = self.answers("base", None)
+        judged = {
+            axis: (self._judge(name, aligned), self._judge(name, base))
+            for axis, name in self._evaluation.judges.items()
+        }
+        scores = {axis: (aligned.scores[axis], base.scores[axis]) for axis in aligned.scores}
+        kinds = [str(prompt.extra.get("kind", "unlabelled")) for prompt in self._prompts]
         result = compare_heldout(
             kinds,
-            base,
-            aligned,
+            base.answers,
+            aligned.answers,
             scores,
             judged,
-            score_scales,
-            kl_answers,
-            seed=config.seed,
+            scales,
+            self._sampled(agent),
+            seed=self._config.seed,
         )
-    folder.evaluation.mkdir(exist_ok=True)
-    ids = [prompt.prompt_id for prompt in prompts]
-    save_heldout(folder.evaluation, result, ids, kinds, base, aligned, scores)
-    display.line("")
-    display.line(report(result, base, aligned))
-    display.line("")
-    return result
+        folder.evaluation.mkdir(exist_ok=True)
+        ids = [prompt.prompt_id for prompt in self._prompts]
+        save_heldout(folder.evaluation, result, ids, kinds, base.answers, aligned.answers, scores)
+        self._display.line(f"\n{report(result, base.answers, aligned.answers)}\n")
+        return result
+
+    def _judge(self, name: str, system: SystemAnswers) -> np.ndarray:
+        with self._display.phase("independent judges", total=1):
+            pairs = [(a.prompt, a.text) for a in system.answers]
+            return np.asarray(load_score_model(name).score(pairs))
+
+    def _sampled(self, agent: Agent) -> list[DecodedAnswer]:
+        """Answers sampled from the agent to some of the prompts: they measure its KL."""
+        count = min(self._evaluation.kl_prompts, len(self._texts))
+        chosen = np.linspace(0, len(self._texts) - 1, count).astype(int)
+        with self._display.phase("sampled answers", total=count) as phase:
+            return self._runners.answers(
+                [self._texts[i] for i in chosen],
+                agent=agent,
+                rule="sample",
+                seed=derived_seed(self._config.seed, 2),
+                progress=phase.advance,
+            )
 
 
 def register(
@@ -81,18 +117,36 @@ def register(
     folder: RunFolder,
     session: Session,
     tracking: TrackingRun,
-    heldout: HeldoutResult | None,
+    aligned: SystemAnswers | None,
+    result: HeldoutResult | None,
+    evaluation: HeldoutEvaluation | None,
     display: Display,
 ) -> str:
-    """Register the agent as `candidate` and try for `champion`; its ``models:/`` URI."""
+    """Register the agent as `candidate` and try for `champion`; its ``models:/`` URI.
+
+    The gate is the comparison with the base LLM where there is no champion yet, else one with the
+    champion on the same prompts.
+    """
+    registry = AgentRegistry(session.tracking_uri)
+    name = config.registry.model_name or model_name_for(config.llm.name)
+    tags = source_tags(llm=config.llm.name, seed=config.seed, run_id=tracking.run_id)
+    evidence = None
+    if result is not None and aligned is not None and evaluation is not None:
+        evidence = PromotionEvidence.from_rate(result.both, against="base")
+        champion = registry.champion(name)
+        if champion is not None and config.registry.promote:
+            reigning = registry.resolve(f"models:/{name}/{champion}")
+            theirs = evaluation.answers(f"champion (version {champion})", reigning)
+            rate = rates(aligned.judged(), theirs.judged(), seed=config.seed)["both"]
+            evidence = PromotionEvidence.from_rate(
+                rate, against="champion", champion_version=champion
+            )
+        tags = {**tags, **evidence.tags()}
     with display.phase("registering the agent", total=1):
-        model_uri = tracking.log_agent(folder.agent)
-        registry = AgentRegistry(session.tracking_uri)
-        name = config.registry.model_name or model_name_for(config.llm.name)
-        tags = {"run": folder.name, "run_id": tracking.run_id, "seed": str(config.seed)}
-        version = registry.register(name, model_uri, tags)
+        version = registry.register(
+            name, tracking.log_agent(folder.agent), {**tags, "run": folder.name}
+        )
     display.line(f"registered models:/{name}@candidate (version {version})")
-    if config.registry.promote and heldout is not None:
-        evidence = PromotionEvidence.from_rate(heldout.both, against="base")
+    if config.registry.promote and evidence is not None:
         display.line(registry.promote(name, version, evidence=evidence).line)
     return f"models:/{name}/{version}"

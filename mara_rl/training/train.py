@@ -19,7 +19,7 @@ from mara_rl.training.base_phase import BasePhase, run_base_phase
 from mara_rl.training.checkpoint import TrainState, load_newest_checkpoint
 from mara_rl.training.config import TrainConfig
 from mara_rl.training.display import Display
-from mara_rl.training.final_phase import evaluate, register
+from mara_rl.training.final_phase import HeldoutEvaluation, register
 from mara_rl.training.learner_weights import LearnerWeights
 from mara_rl.training.ppo import build_algorithm
 from mara_rl.training.ppo_phase import PPOPhase
@@ -137,26 +137,22 @@ def train(
         if folder.agent.exists():  # a resumed run that had come this far before
             remove_folder(folder.agent)
         save_agent(agent, folder.agent, metadata=_metadata(config, folder, state))
-        heldout = None
+        evaluation = aligned = heldout = None
         if config.evaluation:
-            heldout = evaluate(
-                config,
-                config.evaluation,
-                folder,
-                session,
-                runners,
-                agent,
-                heldout_prompts,
-                state.score_scales,
-                display,
+            evaluation = HeldoutEvaluation(
+                config, config.evaluation, heldout_prompts, runners, session, display
             )
+            aligned = evaluation.answers("aligned", agent)
+            heldout = evaluation.compare(agent, aligned, folder, state.score_scales)
             tracking.log_metrics(heldout.metrics(), step=state.iteration)
             tracking.log_artifacts(folder.evaluation, "evaluation")
+        agent_uri = register(
+            config, folder, session, tracking, aligned, heldout, evaluation, display
+        )
         tracking.log_metrics(
             {f"time/{name.replace(' ', '_')}_s": s for name, s in display.phase_s.items()},
             step=state.iteration,
         )
-        agent_uri = register(config, folder, session, tracking, heldout, display)
     return TrainOutcome(folder.name, agent_uri, heldout)
 
 
