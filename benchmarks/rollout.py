@@ -15,7 +15,7 @@ import time
 import numpy as np
 import torch
 
-from envs.in_process import ListPromptSource
+from envs.list_prompt_source import ListPromptSource
 from envs.observation import BASE_LOGIT
 from envs.protocols import Prompt
 from envs.vector_env import TokenAcceptRejectVectorEnv

@@ -7,7 +7,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from envs.accept_reject_task import AcceptRejectTask
-from envs.in_process import InProcessScorer, ListPromptSource
+from envs.in_process_scorer import InProcessScorer
+from envs.list_prompt_source import ListPromptSource
 from envs.observation import StateDType
 from envs.protocols import Prompt, PromptSource, Scorer
 from envs.reward import RewardSpec

@@ -174,9 +174,8 @@ def _local_cluster_settings() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
         ray_constants.GCS_PORT_ENVIRONMENT_VARIABLE: "0",  # any free port, never Redis' 6379
         "RAY_USAGE_STATS_ENABLED": "0",
-        # RLlib's runner config is larger than the default of 100 kB; passed by value, a runner can
-        # be restarted even after its config has left the object store.
-        "RAY_max_direct_call_object_size": str(4 << 20),
+        # Ray's native code reports on the terminal, as an error, what RLlib does by design.
+        "RAY_BACKEND_LOG_LEVEL": os.environ.get("RAY_BACKEND_LOG_LEVEL", "fatal"),
     }
     before = {name: os.environ.get(name) for name in variables}
     clusters_enabled = ray_constants.ENABLE_RAY_CLUSTER

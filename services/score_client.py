@@ -23,8 +23,8 @@ from tenacity import (
     wait_random_exponential,
 )
 
+from envs.in_process_scorer import finite_or_nan
 from mara_rl.errors import ConfigError, DataError, MaraError, RetryableError
-from services.in_process_scorer import finite_or_nan
 
 logger = logging.getLogger(__name__)
 

@@ -1,11 +1,8 @@
 import json
 import random
 import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.append(str(Path(__file__).parents[1] / "mara_rl" / "score_models"))
 from tiny_checkpoints import write_llm
 
 from mara_rl.cli import app

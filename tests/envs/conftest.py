@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from envs.in_process import ListPromptSource
+from envs.list_prompt_source import ListPromptSource
 from envs.protocols import Prompt
 from envs.reward import RewardSpec
 from mara_rl.errors import RetryableError

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from gymnasium.vector import AutoresetMode
 
-from envs.in_process import ListPromptSource
+from envs.list_prompt_source import ListPromptSource
 from envs.observation import FORCED
 from envs.protocols import Prompt
 from envs.token_env import TokenAcceptRejectEnv

@@ -13,8 +13,8 @@ import ray
 from pydantic import ValidationError
 from ray import cloudpickle, serve
 
+from envs.in_process_scorer import InProcessScorer, finite_or_nan
 from mara_rl.errors import ConfigError, DataError, RetryableError
-from services.in_process_scorer import InProcessScorer, finite_or_nan
 from services.ray_session import ray_session
 from services.score_client import ScoreClient, ScoreClientConfig
 from services.score_service import ScoreService, ScoreServiceConfig

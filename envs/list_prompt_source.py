@@ -1,7 +1,6 @@
-"""Prompts from a list and score models in the same process: no Redis, no Serve."""
+"""Prompts from a list: no Redis, for one environment in one process."""
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -40,21 +39,3 @@ class ListPromptSource:
 
     def close(self) -> None:
         """Nothing is held."""
-
-
-class PairScorer(Protocol):
-    """What `InProcessScorer` needs of a score model."""
-
-    def score(self, pairs: Sequence[tuple[str, str]]) -> list[float]: ...
-
-
-class InProcessScorer:
-    """Scores with models held by this process."""
-
-    def __init__(self, models: Mapping[str, PairScorer]) -> None:
-        self.names = tuple(models)
-        self._models = dict(models)
-
-    def score(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
-        columns = [self._models[name].score(pairs) for name in self.names]
-        return np.asarray(columns, dtype=np.float64).reshape(len(self.names), len(pairs)).T
