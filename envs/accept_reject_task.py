@@ -20,7 +20,8 @@ from mara_rl.slot_engine import SlotEngine
 class Answer:
     """A finished (or failed) episode of one slot.
 
-    ``finish_reason`` is "stop", "length" or "failed"; then ``failure`` says why. ``decisions`` and
+    ``finish_reason`` is "stop", "length" or "failed"; then ``failure`` says why, and ``outage``
+    that a service was away, for which the prompt is not to blame. ``decisions`` and
     ``forced_steps`` count candidates looked at with and without a choice.
     """
 
@@ -32,6 +33,7 @@ class Answer:
     forced_steps: int = 0
     prefill_tokens: int = 0
     failure: str = ""
+    outage: bool = False
     scores: dict[str, float] = field(default_factory=dict)
     reward: float = 0.0
 
@@ -165,6 +167,7 @@ class AcceptRejectTask:
             scores = self.scorer.score([(a.prompt.text, a.response) for a in answers])
         except RetryableError as error:
             for answer in answers:
+                answer.outage = True
                 self._fail(answer, str(error))
             return
         rewards = self.reward(self.scorer.names, scores)

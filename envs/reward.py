@@ -8,7 +8,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class RewardSpec:
-    """Σ_i weights[i] · score_i / scales[i] − baseline (MARA eq. 13).
+    """Σ_i weights[i] · score_i / scales[i] (MARA eq. 13).
 
     ``scales`` are the scores' standard deviations on the base LLM's answers (1 where not given).
     Beaver-style costs are lower-is-safer, so their weight is negative.
@@ -18,6 +18,7 @@ class RewardSpec:
     scales: Mapping[str, float] = field(default_factory=dict)
 
     def __call__(self, names: Sequence[str], scores: np.ndarray) -> np.ndarray:
-        """Rewards (N,), float64, of scores (N, len(names)); NaN where any needed score is."""
-        factors = [self.weights.get(name, 0.0) / self.scales.get(name, 1.0) for name in names]
-        return scores @ np.asarray(factors, dtype=np.float64)
+        """Rewards (N,), float64, of scores (N, len(names)); NaN where any weighted score is."""
+        weighted = [i for i, name in enumerate(names) if self.weights.get(name, 0.0)]
+        factors = [self.weights[names[i]] / self.scales.get(names[i], 1.0) for i in weighted]
+        return scores[:, weighted] @ np.asarray(factors, dtype=np.float64)

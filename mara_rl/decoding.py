@@ -130,14 +130,14 @@ class Decoder:
                 if not accepted[slot]:
                     continue
                 if self.keep_states:
-                    states[slot].append(self.walk.h_prefix[slot].half().cpu())
+                    states[slot].append(_as_half(self.walk.h_prefix[slot]))
                 answer.token_ids.append(pending[slot])
                 stop = pending[slot] in self.llm.eos_ids
                 if stop or len(answer.token_ids) >= max_new_tokens:
                     answer.finish_reason = "stop" if stop else "length"
                     answer.text = self.llm.text(answer.token_ids)
                     if self.keep_states:
-                        states[slot].append(self.walk.h[slot].half().cpu())
+                        states[slot].append(_as_half(self.walk.h[slot]))
                         answer.states = torch.stack(states[slot])
                     self.walk.stop([slot])
                     del running[slot]
@@ -202,6 +202,12 @@ class Decoder:
         if self.agent is None:
             return [1] * self.num_slots, [0.0] * self.num_slots
         return look.looked.long().tolist(), look.kl.tolist()
+
+
+def _as_half(h: Tensor) -> Tensor:
+    """float16 on the CPU; bfloat16 reaches further, so large states are clipped."""
+    limit = torch.finfo(torch.float16).max
+    return h.float().clamp(-limit, limit).half().cpu()
 
 
 class _Look:

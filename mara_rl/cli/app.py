@@ -25,6 +25,6 @@ def main() -> None:
     """Run the command line. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     try:
         app()
-    except MaraError as error:
+    except (MaraError, OSError) as error:  # OSError: a full disk, a folder not to be written, …
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

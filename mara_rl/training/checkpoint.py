@@ -62,8 +62,12 @@ def save_checkpoint(folder: Path, state: TrainState, learner: dict[str, Any], ke
 
 
 def load_newest_checkpoint(folder: Path) -> tuple[TrainState, dict[str, Any]] | None:
-    """The newest checkpoint that is whole; torn ones are skipped with a warning. None without."""
-    for path in reversed(_existing(folder)):
+    """The newest checkpoint that is whole; torn ones are removed with a warning. None without any.
+
+    Raises DataError when there are checkpoints and all of them are torn.
+    """
+    found = _existing(folder)
+    for path in reversed(found):
         try:
             state = TrainState.model_validate_json((path / STATE_FILE).read_text(encoding="utf-8"))
             if _sha256(path / LEARNER_FILE) != state.learner_sha256:
@@ -73,7 +77,11 @@ def load_newest_checkpoint(folder: Path) -> tuple[TrainState, dict[str, Any]] | 
             reason = str(error).splitlines()[0]
             logger.warning("checkpoint %s is skipped: %s", path, reason)
             continue
+        for torn in found[found.index(path) + 1 :]:  # else they would count among the newest
+            remove_folder(torn)
         return state, _to_arrays(learner)
+    if found:
+        raise DataError(f"{folder}: all {len(found)} checkpoints are torn; start a new run")
     return None
 
 

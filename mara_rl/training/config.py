@@ -182,6 +182,10 @@ class TrainConfig(Section):
                 f"ppo.minibatch_size: {self.ppo.minibatch_size} is more than the {rows} steps of "
                 "an iteration (num_runners x num_slots x fragment_steps)"
             )
+        if self.evaluation and set(self.evaluation.judges) not in (set(), {"reward", "cost"}):
+            raise ValueError(
+                f"evaluation.judges: {sorted(self.evaluation.judges)}; expected reward and cost"
+            )
         if self.evaluation and not {"reward", "cost"} <= set(self.scores):
             raise ValueError("evaluation: needs scores named 'reward' and 'cost'")
         return self

@@ -98,11 +98,12 @@ class StandardizedAdvantages(ConnectorV2):
             with torch.no_grad():
                 advantages = targets - rl_module[module_id].compute_values(columns)
             used = advantages[real]
-            columns[Postprocessing.ADVANTAGES] = (advantages - used.mean()) / used.std().clamp_min(
-                1e-6
-            )
+            columns[Postprocessing.ADVANTAGES] = (advantages - used.mean()) / used.std(
+                correction=0
+            ).clamp_min(1e-6)
             if metrics is not None:
-                unexplained = used.var() / targets[real].var().clamp_min(1e-9)
+                variance = targets[real].var(correction=0).clamp_min(1e-9)
+                unexplained = used.var(correction=0) / variance
                 metrics.log_value((METRICS, "explained_variance"), 1 - unexplained.item(), window=1)
                 metrics.log_value((METRICS, "rows"), int(real.sum()), reduce="sum")
         return batch

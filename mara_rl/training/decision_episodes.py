@@ -27,36 +27,39 @@ class DecisionEpisodes(RLlibCallback):
         answers = env.take_finished()
         if env.task.defer_scores:
             env.task.score([a for a in answers.values() if a.finish_reason != "failed"])
+        failed = [a for a in answers.values() if a.finish_reason == "failed"]
+        for answer in failed:
+            if not answer.outage:  # else the next barrier hands the prompt out again
+                env.task.prompts.fail(answer.prompt, answer.failure)
         kept = []
         for episode in samples:
-            answer = answers.get(_answer_key(episode))
-            if answer is not None and answer.finish_reason == "failed":
-                env.task.prompts.fail(answer.prompt, answer.failure)
-                continue
-            if answer is not None:
-                reward = episode.get_rewards(-1) if not env.task.defer_scores else answer.reward
-                episode.set_rewards(new_data=float(reward), at_indices=-1)
+            if episode.is_done:
+                answer = answers.get(episode.get_infos(-1)["answer_key"])
+                if answer is None or answer.finish_reason == "failed":
+                    continue
+                if env.task.defer_scores:
+                    episode.set_rewards(new_data=answer.reward, at_indices=-1)
             decisions = decision_rows(episode)
             if decisions is not None:
                 kept.append(decisions)
-        samples[:] = kept
+        # Where every answer failed, what is left would train on KL and bootstrapped values alone.
+        samples[:] = [] if failed and len(failed) == len(answers) else kept
         _log(metrics_logger, list(answers.values()), env.task)
-
-
-def _answer_key(episode: SingleAgentEpisode) -> str | None:
-    return episode.get_infos(-1).get("answer_key") if episode.is_done else None
 
 
 def decision_rows(episode: SingleAgentEpisode) -> SingleAgentEpisode | None:
     """The episode chunk without its forced rows; None where no decision is left.
 
     A reward on a forced row goes to the decision before it. The last observation stays, for the
-    bootstrap value of a chunk that goes on.
+    bootstrap value of a chunk that goes on. The last chunk of an episode keeps its last row even if
+    it is forced: its log π is 0, so it moves no policy, but it carries the prompt's delivery.
     """
     n = len(episode)
     window = slice(0, n)
     forced = episode.get_observations(window)["x"][:, FORCED] > 0.5
     rows = np.flatnonzero(~forced)
+    if len(rows) == 0 and episode.is_terminated:
+        rows = np.array([n - 1])
     if len(rows) == 0:
         return None
     if len(rows) == n:

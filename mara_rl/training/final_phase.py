@@ -1,5 +1,6 @@
 """Last phase: the agent against the base LLM on held-out prompts, then the registry."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,7 +15,7 @@ from mara_rl.tracking.registry import AgentRegistry, model_name_for, source_tags
 from mara_rl.tracking.run import TrackingRun
 from mara_rl.training.base_phase import score_in_batches
 from mara_rl.training.config import EvaluationConfig, TrainConfig
-from mara_rl.training.display import Display
+from mara_rl.training.display import Display, Phase
 from mara_rl.training.rollout_group import RolloutGroup, derived_seed
 from mara_rl.training.run_folder import RunFolder
 from mara_rl.training.session import Session
@@ -44,6 +45,7 @@ class HeldoutEvaluation:
         runners: RolloutGroup,
         session: Session,
         display: Display,
+        check_interrupt: Callable[[], None],
     ) -> None:
         self._config = config
         self._evaluation = evaluation
@@ -52,6 +54,7 @@ class HeldoutEvaluation:
         self._runners = runners
         self._scorer = ScoreClient(session.scores)
         self._display = display
+        self._check_interrupt = check_interrupt
 
     def answers(self, name: str, agent: Agent | None) -> SystemAnswers:
         """The answers of ``agent``, or of the base LLM for None."""
@@ -60,7 +63,7 @@ class HeldoutEvaluation:
                 self._texts,
                 agent=agent,
                 rule=None if agent else "greedy",
-                progress=phase.advance,
+                progress=self._progress(phase),
             )
             scores = score_in_batches(self._scorer, answers)
         columns = {axis: scores[:, i] for i, axis in enumerate(self._scorer.names)}
@@ -108,8 +111,15 @@ class HeldoutEvaluation:
                 agent=agent,
                 rule="sample",
                 seed=derived_seed(self._config.seed, 2),
-                progress=phase.advance,
+                progress=self._progress(phase),
             )
+
+    def _progress(self, phase: Phase) -> Callable[[int], None]:
+        def advance(amount: int) -> None:
+            phase.advance(amount)
+            self._check_interrupt()
+
+        return advance
 
 
 def register(

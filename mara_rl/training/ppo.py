@@ -139,7 +139,9 @@ def build_algorithm(
         .callbacks([DecisionEpisodes, RewardKeeper])
         .fault_tolerance(
             restart_failed_env_runners=True,
-            restart_failed_sub_environments=True,
+            # A rebuilt environment would start with unscaled rewards; a restarted runner gets the
+            # scales from `RewardKeeper`.
+            restart_failed_sub_environments=False,
             delay_between_env_runner_restarts_s=0.0,
             env_runner_restore_timeout_s=1800.0,
         )

@@ -69,6 +69,7 @@ class PPOPhase:
                             f"(ppo.no_progress_timeout_s); checkpoint {state.iteration} is saved"
                         )
                     self._explain_no_progress()
+                    check_interrupt()
                     time.sleep(_RETRY_WAIT_S)
                     continue
                 progress_s = time.monotonic()
@@ -89,17 +90,27 @@ class PPOPhase:
                 check_interrupt()
 
     def save(self) -> None:
-        """Checkpoint, acknowledge what it contains, and start over from it: a barrier."""
-        with redis_errors(self._redis_url):
-            self._state.position = self._queue.position()
-            delivered = self._queue.delivered()
-            save_checkpoint(
-                self._folder.checkpoints,
-                self._state,
-                self._weights.state(),
-                self._config.checkpoint.keep,
-            )
-            self._queue.ack_delivered(delivered)
+        """Checkpoint, acknowledge what it contains, and start over from it: a barrier.
+
+        With Redis away the checkpoint is written all the same, with the queue's last known
+        position: what was delivered since comes again after a resume, and counts as duplicates.
+        """
+        delivered: list[str] = []
+        try:
+            with redis_errors(self._redis_url):
+                self._state.position = self._queue.position()
+                delivered = self._queue.delivered()
+        except RetryableError as error:
+            self._display.line(f"checkpoint {self._state.iteration}: {error}")
+        save_checkpoint(
+            self._folder.checkpoints,
+            self._state,
+            self._weights.state(),
+            self._config.checkpoint.keep,
+        )
+        if delivered:
+            with redis_errors(self._redis_url):
+                self._queue.ack_delivered(delivered)
         self._runners.barrier(self._state.iteration)
 
     def _explain_no_progress(self) -> None:

@@ -20,6 +20,7 @@ class RolloutGroup:
 
     def __init__(self, algorithm: Any, config: TrainConfig) -> None:
         self._group = algorithm.env_runner_group
+        self._learners = algorithm.learner_group
         self._config = config
 
     def barrier(self, iteration: int) -> None:
@@ -27,10 +28,13 @@ class RolloutGroup:
 
         After this a run that continues and one that resumes here do the same.
         """
-        seed_everything(derived_seed(self._config.seed, iteration, 0))
+        seed = derived_seed(self._config.seed, iteration, 0)
+        seed_everything(seed)
+        self._learners.foreach_learner(functools.partial(_seed_learner, seed=seed))
         self._group.foreach_env_runner(
             functools.partial(_restart, seed=self._config.seed, iteration=iteration),
             local_env_runner=False,
+            timeout_seconds=self._config.rollouts.sample_timeout_s,
         )
 
     def answers(
@@ -52,43 +56,45 @@ class RolloutGroup:
             _decode,
             num_slots=rollouts.num_slots,
             max_new_tokens=rollouts.max_new_tokens,
-            top_k=self._config.candidates.top_k,
-            top_p=self._config.candidates.top_p,
+            # An agent decodes with its own k and p.
+            top_k=None if agent else self._config.candidates.top_k,
+            top_p=None if agent else self._config.candidates.top_p,
             system=self._config.llm.system,
             spec=agent.spec if agent else None,
             weights=agent.state_dict() if agent else None,
             rule=rule,
             keep_states=keep_states,
         )
-        done: list[DecodedAnswer] = []
-        while len(done) < len(prompts):
+        starts = range(0, len(prompts), rollouts.num_slots)
+        chunks = {start: list(prompts[start : start + rollouts.num_slots]) for start in starts}
+        done: dict[int, list[DecodedAnswer]] = {}
+        while len(done) < len(chunks):
             runners = self._group.healthy_env_runner_ids()
-            if not runners:
-                raise RetryableError("no rollout actor is alive")
-            size = rollouts.num_slots
-            start = len(done)
-            chunks = [
-                prompts[start + i * size : start + (i + 1) * size] for i in range(len(runners))
-            ]
-            calls = [
-                functools.partial(work, prompts=list(chunk), seed=derived_seed(seed, start, i))
-                for i, chunk in enumerate(chunks)
-            ]
+            todo = [start for start in chunks if start not in done][: len(runners)]
             results = self._group.foreach_env_runner(
-                calls,
+                [
+                    functools.partial(
+                        work, place=start, prompts=chunks[start], seed=derived_seed(seed, start)
+                    )
+                    for start in todo
+                ],
                 local_env_runner=False,
-                remote_worker_ids=runners,
+                remote_worker_ids=runners[: len(todo)],
                 timeout_seconds=rollouts.sample_timeout_s,
             )
-            for chunk, result in zip(chunks, results, strict=False):
+            if not results:
+                raise RetryableError(
+                    f"no answers from {len(runners)} live rollout actors within "
+                    f"{rollouts.sample_timeout_s:g} s (rollouts.sample_timeout_s)"
+                )
+            # Actors that failed are missing from the results: each says which chunk it answers.
+            for place, result in results:
                 if isinstance(result, MaraError):
                     raise result
-                if len(result) != len(chunk):
-                    break
-                done.extend(result)
+                done[place] = result
                 if progress is not None:
                     progress(len(result))
-        return done
+        return [answer for start in starts for answer in done[start]]
 
     def last_failures(self) -> list[str]:
         """Why episodes failed lately, one line from every actor that saw a failure."""
@@ -112,6 +118,10 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def _seed_learner(learner: Any, seed: int) -> None:
+    seed_everything(seed)
+
+
 def _restart(runner: Any, seed: int, iteration: int) -> None:
     runner._seed = derived_seed(seed, iteration, runner.worker_index)
     runner._needs_initial_reset = True
@@ -121,38 +131,37 @@ def _restart(runner: Any, seed: int, iteration: int) -> None:
 def _decode(
     runner: Any,
     *,
+    place: int,
     prompts: list[str],
     num_slots: int,
     max_new_tokens: int,
-    top_k: int,
-    top_p: float,
+    top_k: int | None,
+    top_p: float | None,
     system: str | None,
     spec: AgentSpec | None,
     weights: dict[str, Tensor] | None,
     rule: Any,
     keep_states: bool,
     seed: int,
-) -> list[DecodedAnswer] | MaraError:
+) -> tuple[int, list[DecodedAnswer] | MaraError]:
     """Runs in the actor. An exception would end the actor, so a known one is returned."""
-    if not prompts:
-        return []
     llm = runner.env.unwrapped.task.llm
     agent = None
     if spec is not None and weights is not None:
         agent = Agent(spec)
         agent.load_state_dict(weights)
         agent.to(llm.device)
-    decoder = Decoder(
-        llm,
-        min(num_slots, len(prompts)),
-        agent=agent,
-        rule=rule,
-        top_k=top_k,
-        top_p=top_p,
-        system=system,
-        keep_states=keep_states,
-    )
     try:
-        return decoder.answers(prompts, max_new_tokens=max_new_tokens, seed=seed)
+        decoder = Decoder(
+            llm,
+            min(num_slots, len(prompts)),
+            agent=agent,
+            rule=rule,
+            top_k=top_k,
+            top_p=top_p,
+            system=system,
+            keep_states=keep_states,
+        )
+        return place, decoder.answers(prompts, max_new_tokens=max_new_tokens, seed=seed)
     except MaraError as error:
-        return error
+        return place, error

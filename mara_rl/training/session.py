@@ -25,7 +25,7 @@ class Session:
 
 
 @contextlib.contextmanager
-def training_session(config: TrainConfig, run: str, *, single_node: bool) -> Iterator[Session]:
+def training_session(config: TrainConfig, *, single_node: bool) -> Iterator[Session]:
     """Open the services of a run; embedded ones only where this process started Ray itself.
 
     Raises ConfigError naming what is missing before anything heavy starts: the resource plan is
@@ -49,7 +49,6 @@ def training_session(config: TrainConfig, run: str, *, single_node: bool) -> Ite
             yield Session(
                 prompts=PromptSourceConfig(
                     url=url,
-                    queue=config.prompts.queue or run,
                     seed=config.seed,
                     deadline_s=config.prompts.read_timeout_s,
                     prefetch=config.rollouts.num_slots,

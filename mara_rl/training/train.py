@@ -12,6 +12,7 @@ import torch
 from envs.reward import RewardSpec
 from mara_rl import __version__
 from mara_rl.agent_files import save_agent
+from mara_rl.errors import DataError, RetryableError
 from mara_rl.evaluation.heldout import HeldoutResult
 from mara_rl.policy_llm import llm_hidden_size
 from mara_rl.tracking.run import TrackingRun
@@ -34,7 +35,7 @@ EXPERIMENT = "mara-rl"
 
 
 class Interrupted(KeyboardInterrupt):
-    """The user pressed Ctrl-C; the run is saved as far as ``resumable`` says."""
+    """The user pressed Ctrl-C; what training had done by then is in a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -68,11 +69,9 @@ def train(
         logging.getLogger(name).setLevel(logging.ERROR)
     resumed = load_newest_checkpoint(folder.checkpoints)
     state = resumed[0] if resumed else TrainState()
-    with _interrupts() as check_interrupt, contextlib.ExitStack() as stack:
+    with _interrupts(display) as check_interrupt, contextlib.ExitStack() as stack:
         with display.phase("starting services", total=1):
-            session = stack.enter_context(
-                training_session(config, folder.name, single_node=single_node)
-            )
+            session = stack.enter_context(training_session(config, single_node=single_node))
             tracking = stack.enter_context(
                 TrackingRun.start(
                     session.tracking_uri,
@@ -83,14 +82,18 @@ def train(
                 )
             )
             state.mlflow_run_id = tracking.run_id
+            # A queue of its own for every run, the same one for a resumed run.
+            queue_name = config.prompts.queue or f"{folder.name}-{tracking.run_id[:8]}"
+            prompt_source = session.prompts.model_copy(update={"queue": queue_name})
             with redis_errors(session.prompts.url):
-                queue = session.prompts.open_queue()
+                queue = prompt_source.open_queue()
                 queue.push(train_prompts, repeats=config.prompts.repeats)
                 queue.restart(state.position)
         seed_everything(derived_seed(config.seed, 0))
         with display.phase("loading the LLM", total=1):
-            algorithm = build_algorithm(config, spec, session.prompts, session.scores)
+            algorithm = build_algorithm(config, spec, prompt_source, session.scores)
         stack.callback(algorithm.stop)
+        check_interrupt()
         weights = LearnerWeights(algorithm, spec)
         runners = RolloutGroup(algorithm, config)
         phase = PPOPhase(
@@ -140,12 +143,22 @@ def train(
         evaluation = aligned = heldout = None
         if config.evaluation:
             evaluation = HeldoutEvaluation(
-                config, config.evaluation, heldout_prompts, runners, session, display
+                config,
+                config.evaluation,
+                heldout_prompts,
+                runners,
+                session,
+                display,
+                check_interrupt,
             )
-            aligned = evaluation.answers("aligned", agent)
-            heldout = evaluation.compare(agent, aligned, folder, state.score_scales)
-            tracking.log_metrics(heldout.metrics(), step=state.iteration)
-            tracking.log_artifacts(folder.evaluation, "evaluation")
+            try:
+                aligned = evaluation.answers("aligned", agent)
+                heldout = evaluation.compare(agent, aligned, folder, state.score_scales)
+            except (DataError, RetryableError) as error:
+                display.line(f"no comparison with the base LLM: {error}")
+            else:
+                tracking.log_metrics(heldout.metrics(), step=state.iteration)
+                tracking.log_artifacts(folder.evaluation, "evaluation")
         agent_uri = register(
             config, folder, session, tracking, aligned, heldout, evaluation, display
         )
@@ -177,7 +190,7 @@ def _metadata(config: TrainConfig, folder: RunFolder, state: TrainState) -> dict
 
 
 @contextlib.contextmanager
-def _interrupts() -> Iterator[Callable[[], None]]:
+def _interrupts(display: Display) -> Iterator[Callable[[], None]]:
     """Ctrl-C asks to stop at the next safe point; a second one stops at once."""
     asked = False
 
@@ -186,6 +199,7 @@ def _interrupts() -> Iterator[Callable[[], None]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
+        display.line("stopping at the next safe point; press Ctrl-C again to stop at once")
 
     def check() -> None:
         if asked:

@@ -1,11 +1,15 @@
 """Forced rows leave the episodes, rewards on them move to the decision before."""
 
+from types import SimpleNamespace
+
 import numpy as np
 from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
+from envs.accept_reject_task import Answer
 from envs.observation import FORCED, X_FIELDS, observation_space
-from mara_rl.training.decision_episodes import decision_rows
+from envs.protocols import Prompt
+from mara_rl.training.decision_episodes import DecisionEpisodes, decision_rows
 
 SPACE = observation_space(4, prefix=False, state_dtype="float16")
 
@@ -53,7 +57,73 @@ def test_a_chunk_that_goes_on_keeps_its_bootstrap_observation() -> None:
 
 
 def test_a_chunk_without_a_decision_is_dropped() -> None:
-    assert decision_rows(episode([1, 1], terminal_reward=1.0)) is None
+    assert decision_rows(episode([1, 1], terminal_reward=None)) is None
+
+
+def test_the_end_of_an_episode_always_reaches_the_learner() -> None:
+    """Its info carries the prompt's delivery, even where nothing was decided."""
+    last = decision_rows(episode([1, 1], terminal_reward=1.5))
+    assert len(last) == 1
+    assert last.get_rewards().tolist() == [1.5]
+    assert last.get_observations()["x"][0, FORCED] == 1
+    assert last.get_infos(-1) == {"entry_id": "7-0"}
+
+
+class FakePrompts:
+    """Notes which prompts were said to have failed."""
+
+    def __init__(self) -> None:
+        self.failed: list[str] = []
+
+    def fail(self, prompt: Prompt, reason: str) -> None:
+        self.failed.append(prompt.entry_id)
+
+
+class FakeMetrics:
+    def log_value(self, *args: object, **kwargs: object) -> None:
+        """Metrics are not under test."""
+
+
+def end_of_sample(answers: dict[int, Answer], samples: list[SingleAgentEpisode]) -> FakePrompts:
+    """Run the callback on deferred answers that score as they already say."""
+    prompts = FakePrompts()
+    task = SimpleNamespace(defer_scores=True, score=lambda answers: None, prompts=prompts)
+    env = SimpleNamespace(task=task, take_finished=lambda: answers)
+    runner = SimpleNamespace(env=SimpleNamespace(unwrapped=env))
+    DecisionEpisodes().on_sample_end(
+        env_runner=runner, metrics_logger=FakeMetrics(), samples=samples
+    )
+    return prompts
+
+
+def finished(key: int) -> SingleAgentEpisode:
+    ended = episode([0, 0], terminal_reward=0.0)
+    ended.infos.data[-1]["answer_key"] = key
+    return ended
+
+
+def answer(entry: str, reward: float, **failure: object) -> Answer:
+    reason = "failed" if failure else "stop"
+    return Answer(Prompt("Hi", entry, entry), reason, reward=reward, **failure)
+
+
+def test_rewards_are_set_and_failed_episodes_deleted() -> None:
+    samples = [finished(1), finished(2), finished(3), episode([0], terminal_reward=None)]
+    answers = {
+        1: answer("1-0", 2.0),
+        2: answer("2-0", 0.0, failure="score not finite"),
+        3: answer("3-0", 0.0, failure="service is away", outage=True),
+    }
+    prompts = end_of_sample(answers, samples)
+    assert [float(e.get_rewards()[-1]) for e in samples] == [2.0, 0.0]
+    assert not samples[1].is_done
+    assert prompts.failed == ["2-0"], "an outage is not the prompt's fault"
+
+
+def test_without_any_score_nothing_is_trained_on() -> None:
+    samples = [finished(1), episode([0], terminal_reward=None)]
+    end_of_sample({1: answer("1-0", 0.0, failure="service is away", outage=True)}, samples)
+    assert samples == []
 
 
 def test_a_chunk_of_decisions_stays_as_it_is() -> None:

@@ -1,0 +1,58 @@
+"""Answers come back in the prompts' order, whichever actors fail on the way."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mara_rl.decoding import DecodedAnswer
+from mara_rl.errors import DataError, RetryableError
+from mara_rl.training.config import load_config
+from mara_rl.training.rollout_group import RolloutGroup
+
+SLOTS = 4
+
+
+class FakeActors:
+    """Actors that answer with the prompt itself; some calls are lost, as RLlib loses them."""
+
+    def __init__(self, lose: set[int], error: Exception | None = None) -> None:
+        self.lose = lose
+        self.error = error
+        self.calls = 0
+
+    def healthy_env_runner_ids(self) -> list[int]:
+        return [1, 2, 3]
+
+    def foreach_env_runner(self, calls: list[Any], **kwargs: Any) -> list[Any]:
+        results = []
+        for call in calls:
+            self.calls += 1
+            if self.calls not in self.lose:
+                answers = [DecodedAnswer(p, text=p) for p in call.keywords["prompts"]]
+                results.append((call.keywords["place"], self.error or answers))
+        return results
+
+
+def group(actors: FakeActors) -> RolloutGroup:
+    config = load_config("quickstart", [f"rollouts.num_slots={SLOTS}", "ppo.minibatch_size=64"])
+    return RolloutGroup(SimpleNamespace(env_runner_group=actors, learner_group=None), config)
+
+
+@pytest.mark.parametrize("lose", [set(), {1}, {2, 3, 5}])
+def test_lost_calls_are_asked_again_and_the_order_stays(lose: set[int]) -> None:
+    prompts = [f"prompt {i}" for i in range(18)]
+    told = []
+    answers = group(FakeActors(lose)).answers(prompts, progress=told.append)
+    assert [a.text for a in answers] == prompts
+    assert sum(told) == len(prompts)
+
+
+def test_no_answer_at_all_is_an_error() -> None:
+    with pytest.raises(RetryableError, match="no answers from 3 live rollout actors"):
+        group(FakeActors({1, 2, 3})).answers(["a"] * 12)
+
+
+def test_what_decoding_raised_is_raised_here() -> None:
+    with pytest.raises(DataError, match="too long"):
+        group(FakeActors(set(), DataError("too long"))).answers(["a"])
