@@ -124,6 +124,7 @@ class AcceptRejectTask:
         broken = walk.active & ~walk.h.isfinite().all(-1).cpu()
         for slot in broken.nonzero()[:, 0].tolist():
             ended[slot] = self._finish(slot, "failed")
+            walk.engine.scrub([slot])
             self._fail(ended[slot], "the LLM's hidden state is not finite")
         if not self.defer_scores:
             self.score([a for a in ended.values() if a.finish_reason != "failed"])

@@ -65,6 +65,14 @@ class SlotCache(Cache):
         self.rows = torch.arange(num_slots, device=device)
         self.positions = torch.zeros(num_slots, 1, dtype=torch.long, device=device)
 
+    def zero(self, slots: Sequence[int]) -> None:
+        """Zero all keys and values of these slots."""
+        slot_layers: list[Any] = self.layers
+        for layer in slot_layers:
+            if layer.is_initialized:
+                layer.keys[list(slots)] = 0
+                layer.values[list(slots)] = 0
+
     def aim(self, positions: Tensor, longest: int, rows: Sequence[int] | None = None) -> None:
         """Set the target of the next forward.
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mara_rl.errors import ConfigError
 from mara_rl.policy_llm import PolicyLLM
 from mara_rl.slot_cache import SlotCache
 
@@ -32,10 +33,21 @@ class SlotEngine:
         self.candidate_tokens = 0
         self._cache = SlotCache(config.num_hidden_layers, num_slots, llm.device)
         self._windows = _attention_windows(config)
+        self._attention = llm.model.config._attn_implementation
+        if self._attention not in ("sdpa", "eager"):
+            raise ConfigError(
+                f"llm {llm.name!r}: attention {self._attention!r}; expected 'sdpa' or 'eager'"
+            )
 
     def clear(self, slots: Sequence[int]) -> None:
         """Forget what these slots hold."""
         self.lengths[list(slots)] = 0
+
+    @torch.inference_mode()
+    def scrub(self, slots: Sequence[int]) -> None:
+        """Zero what these slots hold: a state that is not finite would spoil what comes after."""
+        self.clear(slots)
+        self._cache.zero(slots)
 
     @torch.inference_mode()
     def prefill(self, slots: Sequence[int], chunks: Sequence[Sequence[int]]) -> Tensor:
@@ -83,6 +95,10 @@ class SlotEngine:
             kind: (distance >= 0) & (distance < window) if window else distance >= 0
             for kind, window in self._windows.items()
         }
+        if self._attention == "eager":  # which adds the mask to the scores
+            dtype = self.llm.model.dtype
+            hidden = torch.tensor(torch.finfo(dtype).min, dtype=dtype, device=device)
+            masks = {kind: torch.where(m, 0.0, hidden) for kind, m in masks.items()}
         mask: Any = masks if len(masks) > 1 else next(iter(masks.values()))
         return self.llm.model.base_model(
             input_ids=tokens.to(device),
@@ -100,4 +116,6 @@ def _attention_windows(config: Any) -> dict[str, int | None]:
     if types is None:
         return {"all": window}
     windows = {"full_attention": None, "sliding_attention": window}
+    if not set(types) <= set(windows):
+        raise ConfigError(f"attention layers {sorted(set(types))}; expected {sorted(windows)}")
     return {kind: windows[kind] for kind in sorted(set(types))}

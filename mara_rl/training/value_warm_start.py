@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mara_rl.agent import AcceptNetwork, Agent
+from mara_rl.errors import DataError
 from mara_rl.training.config import WarmStartConfig
 
 
@@ -43,10 +44,13 @@ def fit_value(
 ) -> ValueFit:
     """Fit Q(h) (one output) by least squares; keeps the epoch best on held-out prompts.
 
-    A tenth of the prompts is held out. ``progress`` is told of every epoch done.
+    A tenth of the prompts is held out. ``progress`` is told of every epoch done. Raises DataError
+    for answers to fewer than two prompts, and when no epoch's error was finite.
     """
     generator = torch.Generator().manual_seed(seed)
     prompts = sorted({a.prompt for a in answers})
+    if len(prompts) < 2:
+        raise DataError(f"warm_start: answers to {len(prompts)} prompt; expected at least two")
     order = torch.randperm(len(prompts), generator=generator).tolist()
     held = {prompts[i] for i in order[: max(1, len(prompts) // 10)]}
     train = [a for a in answers if a.prompt not in held]
@@ -74,6 +78,8 @@ def fit_value(
             progress(1)
         if epoch - best_epoch >= 3:
             break
+    if best_epoch == 0:
+        raise DataError("warm_start: the value regression never had a finite error")
     network.load_state_dict(best)
     return ValueFit(network, *_explained(network, test), best_epoch)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mara_rl.errors import ConfigError
 from mara_rl.policy_llm import PolicyLLM
 from mara_rl.slot_engine import SlotEngine
 
@@ -77,6 +78,32 @@ def test_token_counts(tiny_llm: PolicyLLM) -> None:
     engine.propose(torch.tensor([5, 6]))
     assert engine.prefill_tokens == 13
     assert engine.candidate_tokens == 2
+
+
+def test_eager_attention_gives_the_same_states(tiny_llm: PolicyLLM) -> None:
+    sequence = random_tokens(20)
+    expected = plain_state(tiny_llm, sequence)
+    tiny_llm.model.set_attn_implementation("eager")
+    states = SlotEngine(tiny_llm, 2).prefill([1], [sequence])
+    torch.testing.assert_close(states[0], expected, rtol=1e-4, atol=TOLERANCE)
+
+
+def test_unknown_attention_is_refused(tiny_llm: PolicyLLM) -> None:
+    tiny_llm.model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(ConfigError, match="expected 'sdpa' or 'eager'"):
+        SlotEngine(tiny_llm, 1)
+
+
+def test_a_scrubbed_slot_forgets_states_that_are_not_finite(tiny_llm: PolicyLLM) -> None:
+    engine = SlotEngine(tiny_llm, 2)
+    sequence = random_tokens(9)
+    engine.prefill([0, 1], [sequence, random_tokens(30)])
+    with torch.inference_mode():
+        engine._cache.layers[0].values[0, :, 3:] = float("nan")
+    assert not engine.propose(torch.tensor([5, 5]))[0].isfinite().all()
+    engine.scrub([0])
+    states = engine.prefill([0], [sequence])
+    torch.testing.assert_close(states[0], plain_state(tiny_llm, sequence), rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.slow
