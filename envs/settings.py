@@ -4,12 +4,13 @@ import functools
 from collections.abc import Callable
 
 import torch
+from gymnasium import spaces
 from pydantic import BaseModel, ConfigDict, Field
 
 from envs.accept_reject_task import AcceptRejectTask
 from envs.in_process_scorer import InProcessScorer
 from envs.list_prompt_source import ListPromptSource
-from envs.observation import StateDType
+from envs.observation import StateDType, observation_space
 from envs.protocols import Prompt, PromptSource, Scorer
 from envs.reward import RewardSpec
 from mara_rl.policy_llm import SMOLLM2, DType, PolicyLLM, load_policy_llm
@@ -39,6 +40,12 @@ class EnvSettings(BaseModel):
     )
     scorer: Scorer | None = Field(None, description="default: the shipped models, in process")
     reward: RewardSpec = RewardSpec(weights={"reward": 1.0, "cost": -1.0})
+
+    def observation_space(self, task: AcceptRejectTask) -> spaces.Dict:
+        """The space of one slot's observation."""
+        return observation_space(
+            task.llm.hidden_size, prefix=self.prefix, state_dtype=self.state_dtype
+        )
 
     def task(self, num_slots: int) -> AcceptRejectTask:
         """Load what is needed and build the task for S = ``num_slots``."""

@@ -5,7 +5,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
-from envs.observation import observation_space
 from envs.settings import EnvSettings
 
 
@@ -31,9 +30,7 @@ class TokenAcceptRejectEnv(gym.Env[dict[str, np.ndarray], np.int64]):
         self.render_mode = render_mode
         config = EnvSettings(**settings)
         self.task = config.task(num_slots=1)
-        self.observation_space = observation_space(
-            self.task.llm.hidden_size, prefix=config.prefix, state_dtype=config.state_dtype
-        )
+        self.observation_space = config.observation_space(self.task)
         self.action_space = gym.spaces.Discrete(2)
         self._started = False
 

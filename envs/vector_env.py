@@ -9,7 +9,6 @@ from gymnasium.vector import AutoresetMode
 from gymnasium.vector.utils import batch_space
 
 from envs.accept_reject_task import Answer
-from envs.observation import observation_space
 from envs.settings import EnvSettings
 
 
@@ -31,9 +30,7 @@ class TokenAcceptRejectVectorEnv(gym.vector.VectorEnv):
         config = EnvSettings(**settings)
         self.num_envs = num_envs
         self.task = config.task(num_slots=num_envs)
-        self.single_observation_space = observation_space(
-            self.task.llm.hidden_size, prefix=config.prefix, state_dtype=config.state_dtype
-        )
+        self.single_observation_space = config.observation_space(self.task)
         self.single_action_space = gym.spaces.Discrete(2)
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from mara_rl.environment import environment_variables
 from mara_rl.errors import ConfigError
 
 Bundle = Mapping[str, float]
@@ -177,19 +178,14 @@ def _local_cluster_settings() -> Iterator[None]:
         # Ray's native code reports on the terminal, as an error, what RLlib does by design.
         "RAY_BACKEND_LOG_LEVEL": os.environ.get("RAY_BACKEND_LOG_LEVEL", "fatal"),
     }
-    before = {name: os.environ.get(name) for name in variables}
     clusters_enabled = ray_constants.ENABLE_RAY_CLUSTER
-    os.environ.update(variables)
-    ray_constants.ENABLE_RAY_CLUSTER = False  # was read from the environment when Ray was imported
-    _reload_authentication()
     try:
-        yield
+        with environment_variables(variables):
+            # Both were read from the environment when Ray was imported.
+            ray_constants.ENABLE_RAY_CLUSTER = False
+            _reload_authentication()
+            yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
         ray_constants.ENABLE_RAY_CLUSTER = clusters_enabled
         _reload_authentication()
 

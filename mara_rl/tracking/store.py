@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
+from mara_rl.environment import environment_variables
 from mara_rl.errors import ConfigError, DataError, RetryableError
 from mara_rl.home import mara_home
 
@@ -135,16 +136,8 @@ def http_limits(*, timeout_s: int, retries: int) -> Iterator[None]:
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries),
         "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     }
-    before = {name: os.environ.get(name) for name in limits}
-    os.environ.update(limits)
-    try:
+    with environment_variables(limits):
         yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
 
 
 def _check(uri: str, what: str) -> None:
