@@ -10,6 +10,7 @@ from ray.rllib.evaluation.postprocessing import Postprocessing
 
 from envs.observation import BASE_LOGIT
 from services.prompt_source import PromptSourceConfig
+from services.redis_server import redis_errors
 
 METRICS = "mara"
 
@@ -57,7 +58,8 @@ def log_bernoulli(accept_logit: np.ndarray, accepted: np.ndarray) -> np.ndarray:
 class DeliveredPrompts(ConnectorV2):
     """Records in Redis which queue entries have reached the learner.
 
-    They are acknowledged only when a checkpoint that contains their update commits.
+    They are acknowledged only when a checkpoint that contains their update commits. Raises
+    RetryableError, before anything is learned, while Redis is away.
     """
 
     def __init__(self, source: PromptSourceConfig) -> None:
@@ -77,9 +79,10 @@ class DeliveredPrompts(ConnectorV2):
         ]
         entry_ids = [info["entry_id"] for info in infos if info.get("entry_id")]
         if entry_ids:
-            if self._queue is None:
-                self._queue = self.source.open_queue()
-            self._queue.mark_delivered(entry_ids)
+            with redis_errors(self.source.url):
+                if self._queue is None:
+                    self._queue = self.source.open_queue()
+                self._queue.mark_delivered(entry_ids)
         return batch
 
 

@@ -47,6 +47,7 @@ class PPOPhase:
         self._display = display
         self._trained_rows = 0.0
         self._runner_errors = RunnerErrors()
+        self._outage = ""
 
     def run(self, check_interrupt: Callable[[], None]) -> None:
         """Train until the configured iterations or minutes.
@@ -59,8 +60,7 @@ class PPOPhase:
         with self._display.phase("PPO", total=ppo.iterations, done=state.iteration) as phase:
             while state.iteration < ppo.iterations and not self._out_of_time():
                 started_s = time.monotonic()
-                result = self._algorithm.train()
-                figures = self._figures(result)
+                figures = self._iterate()
                 if figures is None:
                     if time.monotonic() - progress_s > ppo.no_progress_timeout_s:
                         self.save()
@@ -113,6 +113,14 @@ class PPOPhase:
                 self._queue.ack_delivered(delivered)
         self._runners.barrier(self._state.iteration)
 
+    def _iterate(self) -> dict[str, float] | None:
+        """One iteration's metrics; None when it brought no update."""
+        try:
+            return self._figures(self._algorithm.train())
+        except RetryableError as error:
+            self._outage = str(error)
+            return None
+
     def _explain_no_progress(self) -> None:
         alive = self._algorithm.env_runner_group.num_healthy_remote_workers()
         self._display.line(
@@ -121,7 +129,8 @@ class PPOPhase:
         )
 
     def _causes(self) -> str:
-        causes = [self._runner_errors.last(), *self._runners.last_failures()]
+        causes = [self._outage, self._runner_errors.last(), *self._runners.last_failures()]
+        self._outage = ""
         return "; ".join(cause for cause in causes if cause) or "no cause reported"
 
     def _out_of_time(self) -> bool:

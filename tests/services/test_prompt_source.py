@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
+from queue_readers import hold_one, take_and_deliver
 
 from mara_rl.errors import RetryableError
 from services import prompt_source
@@ -143,7 +144,7 @@ def test_prompts_of_a_lost_reply_are_not_lost(config, monkeypatch, open_source):
 def test_a_slow_reader_keeps_its_prompts_while_a_dead_one_loses_them(config, open_source):
     impatient = config.model_copy(update={"dead_after_s": 0.5, "prefetch": 1})
     process = multiprocessing.get_context("spawn").Process(
-        target=_hold_one, args=(impatient,), daemon=True
+        target=hold_one, args=(impatient,), daemon=True
     )
     process.start()
     queue = impatient.open_queue()
@@ -161,25 +162,12 @@ def test_a_slow_reader_keeps_its_prompts_while_a_dead_one_loses_them(config, ope
     assert len(set(take(slow, 11))) == 11  # the dead one's prompt among them
 
 
-def _hold_one(config: PromptSourceConfig) -> None:
-    source = RedisPromptSource(config)
-    source.next()
-    signal.pause()
-
-
 def test_processes_share_an_epoch(config):
     context = multiprocessing.get_context("spawn")
     with context.Pool(3) as pool:
-        shares = pool.starmap(_take_and_deliver, [(config, 4)] * 3)
+        shares = pool.starmap(take_and_deliver, [(config, 4)] * 3)
     assert sorted(name for share in shares for name in share) == sorted(f"p{i}" for i in range(12))
     assert config.open_queue().status().delivered == 12
-
-
-def _take_and_deliver(config: PromptSourceConfig, number: int) -> list[str]:
-    source = RedisPromptSource(config.model_copy(update={"prefetch": 1}))
-    prompts = [source.next() for _ in range(number)]
-    config.open_queue().mark_delivered([prompt.entry_id for prompt in prompts])
-    return [prompt.prompt_id for prompt in prompts]
 
 
 def test_a_forgotten_source_stops_its_thread(config):
