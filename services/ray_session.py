@@ -5,6 +5,7 @@ import logging
 import os
 import secrets
 import socket
+import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ def ray_session(
         try:
             yield RaySession(owns_cluster=False, address=ray.get_runtime_context().gcs_address)
         finally:
-            ray.shutdown()
+            _leave()
         return
     with _local_cluster_settings():
         ray.init(
@@ -75,7 +76,20 @@ def ray_session(
         try:
             yield RaySession(owns_cluster=True, address=ray.get_runtime_context().gcs_address)
         finally:
-            ray.shutdown()
+            _leave()
+
+
+def _leave() -> None:
+    """Disconnect from Ray, and make Serve forget the cluster.
+
+    Serve tells the clusters of one process apart by job id, and the first job of every cluster has
+    the same: it would call the old cluster's controller on the next one.
+    """
+    import ray
+
+    ray.shutdown()
+    if "ray.serve.context" in sys.modules:
+        sys.modules["ray.serve.context"]._set_global_client(None)
 
 
 def check_resources(requests: Sequence[tuple[str, Bundle]]) -> None:
