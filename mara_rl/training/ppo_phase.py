@@ -48,6 +48,7 @@ class PPOPhase:
         self._trained_rows = 0.0
         self._runner_errors = RunnerErrors()
         self._outage = ""
+        self._known_causes = ""
 
     def run(self, check_interrupt: Callable[[], None]) -> None:
         """Train until the configured iterations or minutes.
@@ -73,6 +74,7 @@ class PPOPhase:
                     time.sleep(_RETRY_WAIT_S)
                     continue
                 progress_s = time.monotonic()
+                self._known_causes = ""
                 state.iteration += 1
                 state.training_s += progress_s - started_s
                 state.token_forwards += int(figures["rollout/token_forwards"])
@@ -129,9 +131,12 @@ class PPOPhase:
         )
 
     def _causes(self) -> str:
+        """What was reported since the last call; where nothing was, what was reported before."""
         causes = [self._outage, self._runner_errors.last(), *self._runners.last_failures()]
         self._outage = ""
-        return "; ".join(cause for cause in causes if cause) or "no cause reported"
+        news = "; ".join(cause for cause in causes if cause)
+        self._known_causes = news or self._known_causes
+        return self._known_causes or "no cause reported"
 
     def _out_of_time(self) -> bool:
         minutes = self._config.ppo.minutes
