@@ -106,19 +106,29 @@ class CandidateWalk:
         self.h = self.engine.propose(self.pending_ids())
 
     def _prefill(self) -> list[int]:
-        """Read the next chunk of every waiting prompt; the slots whose prompt is now complete."""
+        """Read the next chunk of every waiting prompt; the slots whose prompt is now complete.
+
+        Slots that are equally far in the same prompt share one row of the forward.
+        """
         if not self._prompts:
             return []
-        slots = sorted(self._prompts)
-        size = self.prefill_chunk_tokens
-        hidden = self.engine.prefill(slots, [self._prompts[slot][:size] for slot in slots])
-        complete = []
-        for row, slot in enumerate(slots):
-            self._prompts[slot] = self._prompts[slot][size:]
-            if not self._prompts[slot]:
-                del self._prompts[slot]
-                self.h_prefix[slot] = hidden[row]
-                complete.append(slot)
+        sharing: dict[tuple[int, ...], list[int]] = {}
+        for slot, ids in sorted(self._prompts.items()):
+            sharing.setdefault((int(self.engine.lengths[slot]), *ids), []).append(slot)
+        chunks, owners, followers = [], [], []
+        for (done, *ids), (owner, *others) in sharing.items():
+            chunks.append(ids[done : done + self.prefill_chunk_tokens])
+            owners.append(owner)
+            followers += [(owner, other) for other in others]
+        self.h_prefix[owners] = self.engine.prefill(owners, chunks)
+        if followers:
+            sources, targets = (list(slots) for slots in zip(*followers, strict=True))
+            self.engine.copy(sources, targets)
+            self.h_prefix[targets] = self.h_prefix[sources]
+        lengths = self.engine.lengths.tolist()
+        complete = [slot for slot, ids in self._prompts.items() if lengths[slot] == len(ids)]
+        for slot in complete:
+            del self._prompts[slot]
         return complete
 
     def _new_sets(self, slots: list[int]) -> None:

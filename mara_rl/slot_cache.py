@@ -73,6 +73,14 @@ class SlotCache(Cache):
                 layer.keys[list(slots)] = 0
                 layer.values[list(slots)] = 0
 
+    def copy(self, sources: Sequence[int], targets: Sequence[int], length: int) -> None:
+        """Copy the first ``length`` keys and values of each source slot to its target slot."""
+        slot_layers: list[Any] = self.layers
+        for layer in slot_layers:
+            if layer.is_initialized:
+                layer.keys[list(targets), :, :length] = layer.keys[list(sources), :, :length]
+                layer.values[list(targets), :, :length] = layer.values[list(sources), :, :length]
+
     def aim(self, positions: Tensor, longest: int, rows: Sequence[int] | None = None) -> None:
         """Set the target of the next forward.
 

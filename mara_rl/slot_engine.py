@@ -66,6 +66,12 @@ class SlotEngine:
         return hidden[torch.arange(len(slots)), sizes - 1]
 
     @torch.inference_mode()
+    def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Make every target slot hold what the source slot of the same place holds."""
+        self._cache.copy(sources, targets, int(self.lengths[list(sources)].max()))
+        self.lengths[list(targets)] = self.lengths[list(sources)]
+
+    @torch.inference_mode()
     def propose(self, tokens: Tensor) -> Tensor:
         """Put one pending token (S,) behind each slot's committed ones; hidden states (S, H).
 

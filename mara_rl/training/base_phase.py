@@ -113,9 +113,11 @@ def score_in_batches(
 
 
 def _spread(prompts: list[str], count: int, seed: int) -> list[str]:
-    """``count`` prompts, each as often as any other give or take one, in seeded order."""
-    generator = np.random.default_rng([seed, 0])
-    order: list[int] = []
-    while len(order) < count:
-        order += generator.permutation(len(prompts)).tolist()
-    return [prompts[i] for i in order[:count]]
+    """``count`` prompts in seeded order, each as often as any other give or take one.
+
+    A prompt's repeats stand together: slots that start the same prompt share its prefill.
+    """
+    order = np.random.default_rng([seed, 0]).permutation(len(prompts))
+    repeats, more = divmod(count, len(prompts))
+    times = [repeats + (place < more) for place in range(len(prompts))]
+    return [prompts[i] for i in np.repeat(order, times)]

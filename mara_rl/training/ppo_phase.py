@@ -49,6 +49,8 @@ class PPOPhase:
         self._runner_errors = RunnerErrors()
         self._outage = ""
         self._known_causes = ""
+        # A resumed run starts from the checkpoint of its iteration.
+        self._saved_iteration = state.iteration if state.position is not None else -1
 
     def run(self, check_interrupt: Callable[[], None]) -> None:
         """Train until the configured iterations or minutes.
@@ -94,9 +96,12 @@ class PPOPhase:
     def save(self) -> None:
         """Checkpoint, acknowledge what it contains, and start over from it: a barrier.
 
+        Does nothing where this iteration's checkpoint exists: nothing was learned since.
         With Redis away the checkpoint is written all the same, with the queue's last known
         position: what was delivered since comes again after a resume, and counts as duplicates.
         """
+        if self._state.iteration == self._saved_iteration:
+            return
         delivered: list[str] = []
         try:
             with redis_errors(self._redis_url):
@@ -110,6 +115,7 @@ class PPOPhase:
             self._weights.state(),
             self._config.checkpoint.keep,
         )
+        self._saved_iteration = self._state.iteration
         if delivered:
             with redis_errors(self._redis_url):
                 self._queue.ack_delivered(delivered)

@@ -14,11 +14,14 @@ from mara_rl.decoding import DecodedAnswer, Decoder
 from mara_rl.errors import MaraError, RetryableError
 from mara_rl.training.config import TrainConfig
 
+_MAX_EMPTY_ROUNDS = 3
+
 
 class RolloutGroup:
     """The rollout actors of an algorithm."""
 
     def __init__(self, algorithm: Any, config: TrainConfig) -> None:
+        self._algorithm = algorithm
         self._group = algorithm.env_runner_group
         self._learners = algorithm.learner_group
         self._config = config
@@ -49,7 +52,8 @@ class RolloutGroup:
     ) -> list[DecodedAnswer]:
         """Answers to ``prompts``, in order, decoded by the actors' LLMs in rounds.
 
-        Raises RetryableError when no actor is left, and whatever decoding itself raised.
+        What an actor that dies was decoding is decoded again. Raises RetryableError when several
+        rounds in a row bring nothing, and whatever decoding itself raised.
         """
         rollouts = self._config.rollouts
         work = functools.partial(
@@ -68,6 +72,7 @@ class RolloutGroup:
         starts = range(0, len(prompts), rollouts.num_slots)
         chunks = {start: list(prompts[start : start + rollouts.num_slots]) for start in starts}
         done: dict[int, list[DecodedAnswer]] = {}
+        empty_rounds = 0
         while len(done) < len(chunks):
             runners = self._group.healthy_env_runner_ids()
             todo = [start for start in chunks if start not in done][: len(runners)]
@@ -82,10 +87,13 @@ class RolloutGroup:
                 remote_worker_ids=runners[: len(todo)],
                 timeout_seconds=rollouts.sample_timeout_s,
             )
-            if not results:
+            if len(results) < max(1, len(todo)):
+                self._algorithm.restore_env_runners(self._group)
+            empty_rounds = 0 if results else empty_rounds + 1
+            if empty_rounds == _MAX_EMPTY_ROUNDS:
                 raise RetryableError(
-                    f"no answers from {len(runners)} live rollout actors within "
-                    f"{rollouts.sample_timeout_s:g} s (rollouts.sample_timeout_s)"
+                    f"no answers from {len(runners)} live rollout actors in {empty_rounds} rounds "
+                    f"of at most {rollouts.sample_timeout_s:g} s (rollouts.sample_timeout_s)"
                 )
             # Actors that failed are missing from the results: each says which chunk it answers.
             for place, result in results:
@@ -95,6 +103,23 @@ class RolloutGroup:
                 if progress is not None:
                     progress(len(result))
         return [answer for start in starts for answer in done[start]]
+
+    def fit(self, prompts: Sequence[str]) -> list[bool]:
+        """Whether each prompt leaves room for an answer in the LLM's context."""
+        fitting = self._group.foreach_env_runner(
+            functools.partial(
+                _fit,
+                prompts=list(prompts),
+                system=self._config.llm.system,
+                max_new_tokens=self._config.rollouts.max_new_tokens,
+            ),
+            local_env_runner=False,
+            remote_worker_ids=self._group.healthy_env_runner_ids()[:1],
+            timeout_seconds=self._config.rollouts.sample_timeout_s,
+        )
+        if not fitting:
+            raise RetryableError("no live rollout actor to measure the prompts' lengths")
+        return fitting[0]
 
     def last_failures(self) -> list[str]:
         """Why episodes failed lately, one line from every actor that saw a failure."""
@@ -126,6 +151,14 @@ def _restart(runner: Any, seed: int, iteration: int) -> None:
     runner._seed = derived_seed(seed, iteration, runner.worker_index)
     runner._needs_initial_reset = True
     seed_everything(runner._seed)
+
+
+def _fit(
+    runner: Any, *, prompts: list[str], system: str | None, max_new_tokens: int
+) -> list[bool]:
+    llm = runner.env.unwrapped.task.llm
+    room = llm.context_tokens - max_new_tokens
+    return [len(llm.prompt_ids(prompt, system)) <= room for prompt in prompts]
 
 
 def _decode(

@@ -24,7 +24,7 @@ from mara_rl.training.final_phase import HeldoutEvaluation, register
 from mara_rl.training.learner_weights import LearnerWeights
 from mara_rl.training.ppo import build_algorithm
 from mara_rl.training.ppo_phase import PPOPhase
-from mara_rl.training.prompt_sets import load_prompts
+from mara_rl.training.prompt_sets import fitting_prompts, load_prompts
 from mara_rl.training.rollout_group import RolloutGroup, derived_seed, seed_everything
 from mara_rl.training.run_folder import RunFolder, remove_folder
 from mara_rl.training.session import training_session
@@ -96,6 +96,9 @@ def train(
         check_interrupt()
         weights = LearnerWeights(algorithm, spec)
         runners = RolloutGroup(algorithm, config)
+        train_prompts = fitting_prompts(train_prompts, "train", runners, display)
+        if heldout_prompts:
+            heldout_prompts = fitting_prompts(heldout_prompts, "heldout", runners, display)
         phase = PPOPhase(
             config,
             folder,

@@ -20,6 +20,10 @@ class FakeActors:
         self.lose = lose
         self.error = error
         self.calls = 0
+        self.restored = 0
+
+    def restore_env_runners(self, actors: Any) -> None:
+        self.restored += 1
 
     def healthy_env_runner_ids(self) -> list[int]:
         return [1, 2, 3]
@@ -36,7 +40,12 @@ class FakeActors:
 
 def group(actors: FakeActors) -> RolloutGroup:
     config = load_config("quickstart", [f"rollouts.num_slots={SLOTS}", "ppo.minibatch_size=64"])
-    return RolloutGroup(SimpleNamespace(env_runner_group=actors, learner_group=None), config)
+    algorithm = SimpleNamespace(
+        env_runner_group=actors,
+        learner_group=None,
+        restore_env_runners=actors.restore_env_runners,
+    )
+    return RolloutGroup(algorithm, config)
 
 
 @pytest.mark.parametrize("lose", [set(), {1}, {2, 3, 5}])
@@ -48,9 +57,16 @@ def test_lost_calls_are_asked_again_and_the_order_stays(lose: set[int]) -> None:
     assert sum(told) == len(prompts)
 
 
-def test_no_answer_at_all_is_an_error() -> None:
-    with pytest.raises(RetryableError, match="no answers from 3 live rollout actors"):
-        group(FakeActors({1, 2, 3})).answers(["a"] * 12)
+def test_a_round_that_brings_nothing_is_tried_again_with_the_actors_restored() -> None:
+    actors = FakeActors({1, 2, 3})
+    answers = group(actors).answers(["a"] * 12)
+    assert [a.text for a in answers] == ["a"] * 12
+    assert actors.restored == 1
+
+
+def test_no_answer_in_several_rounds_is_an_error() -> None:
+    with pytest.raises(RetryableError, match="no answers from 3 live rollout actors in 3 rounds"):
+        group(FakeActors(set(range(1, 10)))).answers(["a"] * 12)
 
 
 def test_what_decoding_raised_is_raised_here() -> None:

@@ -26,6 +26,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_llms: dict[str, Path])
         BeaverFolder(folder / name, score_type=kind).write()
     prompts = folder / "prompts.jsonl"
     rows = [{"id": f"p{i}", "prompt": f"Tell me about {i} foxes."} for i in range(40)]
+    rows.append({"id": "long", "prompt": "Tell me about foxes. " * 1000})
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     service = {"num_cpus": 0.1, "torch_threads": 1}
     settings = {
@@ -74,6 +75,11 @@ def test_a_run_trains_compares_registers_and_resumes(config: Path, home: Path) -
     lines = done.stdout.splitlines()
     assert len([line for line in lines if RESULT_LINE.match(line)]) == 1
     assert "registered models:/mara-llama@candidate (version 1)" in lines
+    for split in ("train", "heldout"):
+        assert any(
+            line.startswith(f"prompts.{split}: 1 of 41 prompts do not fit") and "'long'" in line
+            for line in lines
+        )
     run = home / "tiny-1"
     assert {p.name for p in run.iterdir()} == {"config.yaml", "checkpoints", "agent", "evaluation"}
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["000002", "000004"]
