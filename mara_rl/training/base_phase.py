@@ -70,7 +70,7 @@ def run_base_phase(
         for name, mean in zip(scorer.names, scores[finite].mean(0).tolist(), strict=True)
     }
     figures["base/unscored"] = float((~finite).sum())
-    forwards = sum(len(a.token_ids) for a in answers)
+    forwards = runners.token_forwards
     if warm is None:
         return BasePhase(reward, figures, forwards, None, None)
     rewards = reward(scorer.names, scores)

@@ -18,13 +18,18 @@ _MAX_EMPTY_ROUNDS = 3
 
 
 class RolloutGroup:
-    """The rollout actors of an algorithm."""
+    """The rollout actors of an algorithm.
+
+    Attributes:
+        token_forwards: tokens that `answers` has put through the actors' LLMs so far.
+    """
 
     def __init__(self, algorithm: Any, config: TrainConfig) -> None:
         self._algorithm = algorithm
         self._group = algorithm.env_runner_group
         self._learners = algorithm.learner_group
         self._config = config
+        self.token_forwards = 0
 
     def barrier(self, iteration: int) -> None:
         """Abandon open episodes and re-derive every generator from (seed, iteration, runner).
@@ -96,10 +101,11 @@ class RolloutGroup:
                     f"of at most {rollouts.sample_timeout_s:g} s (rollouts.sample_timeout_s)"
                 )
             # Actors that failed are missing from the results: each says which chunk it answers.
-            for place, result in results:
+            for place, result, token_forwards in results:
                 if isinstance(result, MaraError):
                     raise result
                 done[place] = result
+                self.token_forwards += token_forwards
                 if progress is not None:
                     progress(len(result))
         return [answer for start in starts for answer in done[start]]
@@ -153,9 +159,7 @@ def _restart(runner: Any, seed: int, iteration: int) -> None:
     seed_everything(runner._seed)
 
 
-def _fit(
-    runner: Any, *, prompts: list[str], system: str | None, max_new_tokens: int
-) -> list[bool]:
+def _fit(runner: Any, *, prompts: list[str], system: str | None, max_new_tokens: int) -> list[bool]:
     llm = runner.env.unwrapped.task.llm
     room = llm.context_tokens - max_new_tokens
     return [len(llm.prompt_ids(prompt, system)) <= room for prompt in prompts]
@@ -176,7 +180,7 @@ def _decode(
     rule: Any,
     keep_states: bool,
     seed: int,
-) -> tuple[int, list[DecodedAnswer] | MaraError]:
+) -> tuple[int, list[DecodedAnswer] | MaraError, int]:
     """Runs in the actor. An exception would end the actor, so a known one is returned."""
     llm = runner.env.unwrapped.task.llm
     agent = None
@@ -195,6 +199,7 @@ def _decode(
             system=system,
             keep_states=keep_states,
         )
-        return place, decoder.answers(prompts, max_new_tokens=max_new_tokens, seed=seed)
+        answers = decoder.answers(prompts, max_new_tokens=max_new_tokens, seed=seed)
     except MaraError as error:
-        return place, error
+        return place, error, 0
+    return place, answers, decoder.token_forwards

@@ -34,7 +34,7 @@ class FakeActors:
             self.calls += 1
             if self.calls not in self.lose:
                 answers = [DecodedAnswer(p, text=p) for p in call.keywords["prompts"]]
-                results.append((call.keywords["place"], self.error or answers))
+                results.append((call.keywords["place"], self.error or answers, 10))
         return results
 
 
@@ -52,9 +52,11 @@ def group(actors: FakeActors) -> RolloutGroup:
 def test_lost_calls_are_asked_again_and_the_order_stays(lose: set[int]) -> None:
     prompts = [f"prompt {i}" for i in range(18)]
     told = []
-    answers = group(FakeActors(lose)).answers(prompts, progress=told.append)
+    actors = group(FakeActors(lose))
+    answers = actors.answers(prompts, progress=told.append)
     assert [a.text for a in answers] == prompts
     assert sum(told) == len(prompts)
+    assert actors.token_forwards == 5 * 10  # one count per chunk, lost calls left out
 
 
 def test_a_round_that_brings_nothing_is_tried_again_with_the_actors_restored() -> None:

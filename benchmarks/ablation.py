@@ -1,0 +1,77 @@
+"""What the value warm start and PPO each bring, at equal LLM token-forwards, over several seeds.
+
+Run with `make bench-ablation`; nine quickstart runs of about a quarter of an hour each on 2 CPU
+cores. Runs that are finished are not run again, so it can be stopped and started.
+
+- both: the quickstart as shipped.
+- warm: all token-forwards go into base answers for the warm start; no PPO.
+- ppo: PPO from an agent that does nothing yet; base answers only for the score scales.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from mara_rl.home import mara_home
+
+# Base answers and iterations such that the variants' token-forwards are within 5 % of each other.
+VARIANTS = {
+    "both": [],
+    "warm": ["warm_start.answers=2880", "ppo.iterations=0"],
+    "ppo": ["warm_start=null", "ppo.iterations=19"],
+}
+AXES = ("both", "helpful", "harmless")
+
+
+def run(variant: str, seed: int, home: Path) -> Path:
+    """Train and evaluate one variant; the run's folder."""
+    folder = home / "quickstart-1"
+    if not (folder / "evaluation" / "summary.json").exists():
+        sets = [*VARIANTS[variant], f"seed={seed}", "ppo.minutes=null"]
+        subprocess.run(
+            [
+                str(Path(sys.executable).with_name("mara-rl")),
+                "train",
+                "quickstart",
+                *(a for s in sets for a in ("--set", s)),
+            ],
+            env={**os.environ, "MARA_HOME": str(home)},
+            stdout=sys.stderr,
+            check=True,
+        )
+    return folder
+
+
+def line(variant: str, seed: int, folder: Path) -> str:
+    """One row of the table: rates by the training scores and by the judges."""
+    figures = json.loads((folder / "evaluation" / "summary.json").read_text(encoding="utf-8"))
+    newest = max((folder / "checkpoints").iterdir())
+    state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+    cells = [f"{variant} {seed}", f"{state['token_forwards']:,}"]
+    for group in ("rates", "judge_rates"):
+        for axis in AXES:
+            rate = figures["all"][group][axis]
+            cells.append(f"{rate['rate']:+.1f} [{rate['low']:+.1f}, {rate['high']:+.1f}]")
+    cells.append(f"{figures['kl_per_token']:.3f}")
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    arguments = parser.parse_args()
+    heads = ["run, seed", "token-forwards", *AXES, *(f"{axis}, judges" for axis in AXES)]
+    heads.append("KL per token")
+    print(f"| {' | '.join(heads)} |\n{'|---' * len(heads)}|", flush=True)
+    for seed in arguments.seeds:
+        for variant in arguments.variants:
+            home = mara_home() / "ablation" / f"{variant}-{seed}"
+            print(line(variant, seed, run(variant, seed, home)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
