@@ -19,6 +19,10 @@ class RewardSpec:
 
     def __call__(self, names: Sequence[str], scores: np.ndarray) -> np.ndarray:
         """Rewards (N,), float64, of scores (N, len(names)); NaN where any weighted score is."""
+        return self.terms(names, scores).sum(-1)
+
+    def terms(self, names: Sequence[str], scores: np.ndarray) -> np.ndarray:
+        """The summands (N, number of weighted scores), float64, of the rewards of ``scores``."""
         weighted = [i for i, name in enumerate(names) if self.weights.get(name, 0.0)]
         factors = [self.weights[names[i]] / self.scales.get(names[i], 1.0) for i in weighted]
-        return scores[:, weighted] @ np.asarray(factors, dtype=np.float64)
+        return scores[:, weighted] * np.asarray(factors, dtype=np.float64)

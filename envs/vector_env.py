@@ -35,7 +35,6 @@ class TokenAcceptRejectVectorEnv(gym.vector.VectorEnv):
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._begin = np.ones(num_envs, dtype=bool)
-        self._started = False
         self._finished: dict[int, Answer] = {}
         self._num_finished = 0
 
@@ -52,11 +51,9 @@ class TokenAcceptRejectVectorEnv(gym.vector.VectorEnv):
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        """Abandon open episodes and begin a prompt in every slot."""
+        """Abandon open episodes, whose prompts are handed out again; begin one in every slot."""
         super().reset(seed=seed)
-        if seed is not None or not self._started:
-            self.task.restart(self.np_random)
-            self._started = True
+        self.task.restart(self.np_random)
         self._finished.clear()
         self._begin = np.ones(self.num_envs, dtype=bool)
         self.task.step(np.zeros(self.num_envs, dtype=np.int64), begin=self._begin)

@@ -23,9 +23,10 @@ def train(
     """Train an agent: warm start, PPO, held-out comparison, registry."""
     from rich.console import Console
 
+    from mara_rl.errors import MaraError
     from mara_rl.training.config import load_config
     from mara_rl.training.display import Display
-    from mara_rl.training.run_folder import RunFolder
+    from mara_rl.training.run_folder import RunFolder, remove_folder
 
     if (config is None) == (resume is None):
         raise typer.BadParameter("give either a config to start or --resume RUN, not both")
@@ -45,4 +46,8 @@ def train(
         run(settings, folder, display, single_node=single_node)
     except Interrupted:
         display.line(f"interrupted: continue with `mara-rl train --resume {folder.name}`")
+        raise
+    except MaraError:
+        if resume is None and not folder.checkpoints.exists():
+            remove_folder(folder.path)  # nothing began: there is nothing to resume
         raise

@@ -43,15 +43,23 @@ def load_score_model(
     name = str(name_or_path)
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    if name in shipped_names():
-        return load_slice(name, SHIPPED_FOLDER / name, device, dtype)
-    folder = Path(name) if Path(name).is_dir() else _from_hub(name)
+    folder = score_model_folder(name)
     if (folder / CONFIG_FILE).is_file():
         return load_slice(name, folder, device, dtype)
     architectures = read_json(folder / "config.json").get("architectures") or []
     if any(architecture in ARCHITECTURES for architecture in architectures):
         return load_beaver(name, folder, device, DTYPES[dtype])
     return load_sequence_classifier(name, folder, device, DTYPES[dtype])
+
+
+def score_model_folder(name: str) -> Path:
+    """The folder of a score model by shipped name, folder or hub id (fetched where needed).
+
+    Raises ConfigError when there is none.
+    """
+    if name in shipped_names():
+        return SHIPPED_FOLDER / name
+    return Path(name) if Path(name).is_dir() else _from_hub(name)
 
 
 def _from_hub(name: str) -> Path:

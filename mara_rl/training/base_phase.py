@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from envs.protocols import Scorer
 from envs.reward import RewardSpec
@@ -73,10 +74,10 @@ def run_base_phase(
     forwards = runners.token_forwards
     if warm is None:
         return BasePhase(reward, figures, forwards, None, None)
-    rewards = reward(scorer.names, scores)
+    terms = torch.from_numpy(reward.terms(scorer.names, scores))
     usable = [
-        BaseAnswer(a.prompt, a.states, float(r))
-        for a, r, ok in zip(answers, rewards, finite, strict=True)
+        BaseAnswer(a.prompt, a.states, row)
+        for a, row, ok in zip(answers, terms, finite, strict=True)
         if ok and a.states is not None
     ]
     with display.phase("value warm start", total=warm.epochs) as phase:
@@ -91,7 +92,6 @@ def run_base_phase(
     figures |= {
         "warm_start/r2": value.r2,
         "warm_start/r2_within_prompt": value.r2_within_prompt,
-        "warm_start/epochs": float(value.epochs),
     }
     return BasePhase(reward, figures, forwards, agent, value)
 
@@ -102,14 +102,17 @@ def score_in_batches(
     progress: Callable[[int], None] | None = None,
     batch_size: int = 64,
 ) -> np.ndarray:
-    """Scores (N, len(scorer.names)), float64, NaN where there is none."""
-    parts = []
-    for start in range(0, len(answers), batch_size):
-        batch = answers[start : start + batch_size]
-        parts.append(scorer.score([(a.prompt, a.text) for a in batch]))
+    """Scores (N, len(scorer.names)), float64, NaN where there is none.
+
+    Answers of like length are scored together, so that little of a batch is padding.
+    """
+    scores = np.full((len(answers), len(scorer.names)), np.nan)
+    order = np.argsort([len(a.prompt) + len(a.text) for a in answers], kind="stable")
+    for rows in np.split(order, range(batch_size, len(order), batch_size)):
+        scores[rows] = scorer.score([(answers[i].prompt, answers[i].text) for i in rows])
         if progress is not None:
-            progress(len(batch))
-    return np.concatenate(parts)
+            progress(len(rows))
+    return scores
 
 
 def _spread(prompts: list[str], count: int, seed: int) -> list[str]:

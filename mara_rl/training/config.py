@@ -52,6 +52,7 @@ class PromptsConfig(Section):
     queue: str | None = Field(None, description="Redis queue; default: one per run")
     repeats: int = Field(1, ge=1, description="answers per prompt and epoch")
     read_timeout_s: float = Field(60.0, gt=0, description="longest wait for a prompt")
+    max_failures: int = Field(3, ge=1, description="failed answers until a prompt is a dead letter")
 
 
 class ScoreConfig(ScoreServiceConfig):
@@ -99,7 +100,7 @@ class WarmStartConfig(Section):
 
     answers: int = Field(ge=8, description="base answers sampled in all")
     beta: float = Field(0.3, gt=0, description="accept log-odds move by Q differences over this")
-    epochs: int = Field(12, ge=1, description="passes of the regression at most")
+    epochs: int = Field(5, ge=1, description="passes of the regression")
     batch_size: int = Field(512, ge=1, description="prefixes per gradient step")
     lr: float = Field(3e-4, gt=0)
     weight_decay: float = Field(1e-2, ge=0)

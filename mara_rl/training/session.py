@@ -51,6 +51,7 @@ def training_session(config: TrainConfig, *, single_node: bool) -> Iterator[Sess
                     url=url,
                     seed=config.seed,
                     deadline_s=config.prompts.read_timeout_s,
+                    max_failures=config.prompts.max_failures,
                     prefetch=config.rollouts.num_slots,
                 ),
                 scores=ScoreClientConfig(

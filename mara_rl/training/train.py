@@ -15,6 +15,7 @@ from mara_rl.agent_files import save_agent
 from mara_rl.errors import DataError, RetryableError
 from mara_rl.evaluation.heldout import HeldoutResult
 from mara_rl.policy_llm import llm_hidden_size
+from mara_rl.score_models.loading import score_model_folder
 from mara_rl.tracking.run import TrackingRun
 from mara_rl.training.base_phase import BasePhase, run_base_phase
 from mara_rl.training.checkpoint import TrainState, load_newest_checkpoint
@@ -60,7 +61,11 @@ def train(
     where training had begun.
     """
     train_prompts = load_prompts(config.prompts.train, "train")
-    heldout_prompts = load_prompts(config.prompts.heldout, "heldout") if config.evaluation else []
+    heldout_prompts = []
+    if config.evaluation:
+        heldout_prompts = load_prompts(config.prompts.heldout, "heldout")
+        for judge in config.evaluation.judges.values():
+            score_model_folder(judge)  # a wrong name ends the run now, not after training
     spec = config.agent_spec(llm_hidden_size(config.llm.name))
     if config.driver_torch_threads is not None:
         torch.set_num_threads(config.driver_torch_threads)

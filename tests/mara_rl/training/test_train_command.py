@@ -127,6 +127,25 @@ def test_ctrl_c_saves_and_the_run_resumes(config: Path, home: Path) -> None:
     assert (home / "tiny-1" / "agent" / "agent.safetensors").is_file()
 
 
+def test_a_resumed_run_equals_an_uninterrupted_one(config: Path, home: Path) -> None:
+    quick = ["--set", "evaluation=null", "--set", "registry.promote=false"]
+    whole = mara_rl("train", str(config), *quick)
+    assert whole.returncode == 0, whole.stderr
+    stopped = mara_rl("train", str(config), *quick, "--set", "ppo.iterations=2")
+    assert stopped.returncode == 0, stopped.stderr
+    path = home / "tiny-2" / "config.yaml"
+    settings = yaml.safe_load(path.read_text())
+    settings["ppo"]["iterations"] = 4
+    path.write_text(yaml.safe_dump(settings))
+    resumed = mara_rl("train", "--resume", "tiny-2")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "resumed tiny-2 at iteration 2" in resumed.stdout
+    first, second = (
+        (home / run / "agent" / "agent.safetensors").read_bytes() for run in ("tiny-1", "tiny-2")
+    )
+    assert first == second
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
@@ -149,6 +168,11 @@ def test_ctrl_c_saves_and_the_run_resumes(config: Path, home: Path) -> None:
             1,
             "error: llm '/no/such/llm' could not be loaded",
         ),
+        (
+            ["train", "quickstart", "--set", "evaluation.judges.cost=no-such-judge"],
+            1,
+            "error: score model 'no-such-judge' is neither a shipped name",
+        ),
     ],
 )
 def test_bad_input_is_named_on_one_line(
@@ -158,3 +182,4 @@ def test_bad_input_is_named_on_one_line(
     assert done.returncode == status
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+    assert not list(home.glob("*/config.yaml")), "a run that never began leaves no folder"

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from mara_rl.agent import Agent, AgentSpec
+from mara_rl.errors import DataError
 from mara_rl.training.config import WarmStartConfig
 from mara_rl.training.value_warm_start import BaseAnswer, fit_value, lean
 
@@ -11,12 +12,14 @@ H = 8
 
 
 def answers(n: int = 200) -> list[BaseAnswer]:
-    """The reward is the first component of the answer's mean state."""
+    """The reward is the first component of the answer's mean state, made up of two terms."""
     made = []
     for i in range(n):
         offset = torch.randn(H)
         states = (offset + 0.3 * torch.randn(6, H)).half()
-        made.append(BaseAnswer(f"prompt {i // 4}", states, offset[0].item()))
+        made.append(
+            BaseAnswer(f"prompt {i // 4}", states, torch.stack([offset[0] + offset[1], -offset[1]]))
+        )
     return made
 
 
@@ -33,6 +36,15 @@ def test_fit_explains_prompts_it_never_saw_and_is_seeded(config: WarmStartConfig
     again = fit_value(data, config, seed=3)
     for a, b in zip(fit.network.parameters(), again.network.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_a_fit_that_diverges_and_a_single_prompt_are_errors(config: WarmStartConfig) -> None:
+    data = answers(8)
+    with pytest.raises(DataError, match="answers to 1 prompt"):
+        fit_value(data[:4], config, seed=0)
+    broken = [BaseAnswer(a.prompt, a.states, torch.tensor([float("inf"), 0.0])) for a in data]
+    with pytest.raises(DataError, match="error is not finite"):
+        fit_value(broken, config, seed=0)
 
 
 def test_relative_agent_moves_by_the_difference_of_q(config: WarmStartConfig) -> None:
