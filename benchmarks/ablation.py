@@ -20,8 +20,8 @@ from mara_rl.home import mara_home
 # Base answers and iterations such that the variants' token-forwards are within 5 % of each other.
 VARIANTS = {
     "both": [],
-    "warm": ["warm_start.answers=2880", "ppo.iterations=0"],
-    "ppo": ["warm_start=null", "ppo.iterations=19"],
+    "warm": ["warm_start.answers=3024", "ppo.iterations=0"],
+    "ppo": ["warm_start=null", "ppo.iterations=18"],
 }
 AXES = ("both", "helpful", "harmless")
 
