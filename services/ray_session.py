@@ -191,6 +191,10 @@ def _local_cluster_settings() -> Iterator[None]:
         "RAY_USAGE_STATS_ENABLED": "0",
         # Ray's native code reports on the terminal, as an error, what RLlib does by design.
         "RAY_BACKEND_LOG_LEVEL": os.environ.get("RAY_BACKEND_LOG_LEVEL", "fatal"),
+        # On a busy machine a replica needs longer than Serve's 0.1 s to say how long its queue is;
+        # Serve would warn on the terminal each time.
+        "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "2",
+        "RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "10",
     }
     clusters_enabled = ray_constants.ENABLE_RAY_CLUSTER
     try:
