@@ -24,7 +24,8 @@ STATE_FILE = "state.json"
 class TrainState(BaseModel):
     """Everything a resumed run needs beside the learner's tensors."""
 
-    model_config = ConfigDict(extra="forbid")
+    # A figure that is not finite must not make the checkpoint unreadable.
+    model_config = ConfigDict(extra="forbid", ser_json_inf_nan="constants")
 
     iteration: int = Field(0, description="updates so far")
     score_scales: dict[str, float] = Field(default_factory=dict)

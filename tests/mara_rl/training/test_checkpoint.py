@@ -41,6 +41,14 @@ def test_saving_an_iteration_again_replaces_it(tmp_path: Path) -> None:
     assert load_newest_checkpoint(tmp_path)[0].token_forwards == 9
 
 
+def test_a_figure_that_is_not_finite_is_no_torn_checkpoint(tmp_path: Path) -> None:
+    state = TrainState(iteration=3, warm_start={"r2": 0.5, "r2_within_prompt": float("nan")})
+    save_checkpoint(tmp_path, state, LEARNER, 2)
+    loaded = load_newest_checkpoint(tmp_path)[0]
+    assert loaded.warm_start["r2"] == 0.5
+    assert np.isnan(loaded.warm_start["r2_within_prompt"])
+
+
 @pytest.mark.parametrize("damage", ["learner.pt", "state.json"])
 def test_a_torn_checkpoint_is_skipped(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
