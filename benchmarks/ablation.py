@@ -17,7 +17,7 @@ from pathlib import Path
 
 from mara_rl.home import mara_home
 
-# Base answers and iterations such that the variants' token-forwards are within 5 % of each other.
+# Base answers and iterations chosen for about equal token-forwards; the table shows the real ones.
 VARIANTS = {
     "both": [],
     "warm": ["warm_start.answers=3024", "ppo.iterations=0"],

@@ -102,7 +102,7 @@ class PPOPhase:
         """
         if self._state.iteration == self._saved_iteration:
             return
-        delivered: list[str] = []
+        delivered: list[str] | None = None
         try:
             with redis_errors(self._redis_url):
                 self._state.position = self._queue.position()
@@ -115,10 +115,10 @@ class PPOPhase:
             self._weights.state(),
             self._config.checkpoint.keep,
         )
-        self._saved_iteration = self._state.iteration
-        if delivered:
+        if delivered is not None:  # else the next call, with Redis back, makes up for it
             with redis_errors(self._redis_url):
                 self._queue.ack_delivered(delivered)
+            self._saved_iteration = self._state.iteration
         self._runners.barrier(self._state.iteration)
 
     def _iterate(self) -> dict[str, float] | None:

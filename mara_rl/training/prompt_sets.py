@@ -28,7 +28,7 @@ def fitting_prompts(
 
     Raises DataError when there is none.
     """
-    fits = runners.fit([prompt.text for prompt in prompts])
+    fits = runners.fits_context([prompt.text for prompt in prompts])
     kept = [prompt for prompt, ok in zip(prompts, fits, strict=True) if ok]
     if len(kept) == len(prompts):
         return kept

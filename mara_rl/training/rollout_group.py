@@ -110,11 +110,11 @@ class RolloutGroup:
                     progress(len(result))
         return [answer for start in starts for answer in done[start]]
 
-    def fit(self, prompts: Sequence[str]) -> list[bool]:
+    def fits_context(self, prompts: Sequence[str]) -> list[bool]:
         """Whether each prompt leaves room for an answer in the LLM's context."""
         fitting = self._group.foreach_env_runner(
             functools.partial(
-                _fit,
+                _fits_context,
                 prompts=list(prompts),
                 system=self._config.llm.system,
                 max_new_tokens=self._config.rollouts.max_new_tokens,
@@ -159,7 +159,9 @@ def _restart(runner: Any, seed: int, iteration: int) -> None:
     seed_everything(runner._seed)
 
 
-def _fit(runner: Any, *, prompts: list[str], system: str | None, max_new_tokens: int) -> list[bool]:
+def _fits_context(
+    runner: Any, *, prompts: list[str], system: str | None, max_new_tokens: int
+) -> list[bool]:
     llm = runner.env.unwrapped.task.llm
     room = llm.context_tokens - max_new_tokens
     return [len(llm.prompt_ids(prompt, system)) <= room for prompt in prompts]

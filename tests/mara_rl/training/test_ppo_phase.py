@@ -1,18 +1,23 @@
 """Iterations that bring nothing: retried with their cause, and ended when they go on."""
 
 import io
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import redis
 from rich.console import Console
 
 from mara_rl.errors import RetryableError
 from mara_rl.training import ppo_phase
-from mara_rl.training.checkpoint import TrainState
+from mara_rl.training.checkpoint import TrainState, load_newest_checkpoint
 from mara_rl.training.config import load_config
 from mara_rl.training.display import Display
 from mara_rl.training.ppo_phase import PPOPhase
+from mara_rl.training.run_folder import RunFolder
+from services.prompt_epochs import QueuePosition
 
 
 class FakeAlgorithm:
@@ -66,3 +71,40 @@ def test_an_interrupt_is_heard_while_nothing_is_learned(monkeypatch: pytest.Monk
 
     with pytest.raises(KeyboardInterrupt):
         phase_of(FakeAlgorithm({}), io.StringIO()).run(check_interrupt=interrupt)
+
+
+class FlakyQueue:
+    """A queue whose Redis is away on the first call."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.acknowledged: list[list[str]] = []
+
+    def position(self) -> QueuePosition | None:
+        self.calls += 1
+        if self.calls == 1:
+            raise redis.ConnectionError("gone")
+        return None
+
+    def delivered(self) -> list[str]:
+        return ["entry"]
+
+    def ack_delivered(self, entry_ids: list[str]) -> None:
+        self.acknowledged.append(entry_ids)
+
+
+def test_a_checkpoint_without_redis_is_made_up_for_and_then_not_repeated(tmp_path: Path) -> None:
+    out = io.StringIO()
+    phase = phase_of(FakeAlgorithm({}), out)
+    queue = FlakyQueue()
+    phase._queue = queue
+    phase._folder = RunFolder(tmp_path)
+    phase._weights = SimpleNamespace(state=lambda: {"w": np.zeros(2)})
+    phase._runners = SimpleNamespace(barrier=lambda iteration: None)
+    phase.save()
+    assert load_newest_checkpoint(tmp_path / "checkpoints") is not None
+    assert queue.acknowledged == []
+    assert out.getvalue().startswith("checkpoint 4: ")
+    phase.save()
+    phase.save()  # nothing was learned since
+    assert queue.acknowledged == [["entry"]]
