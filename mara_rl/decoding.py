@@ -81,6 +81,7 @@ class Decoder:
         self.system = system
         self.keep_states = keep_states
         self._generator = torch.Generator()
+        self._openings: list[list[int]] = [[] for _ in range(num_slots)]
         sampled_base = agent is None and self.rule == "sample"
         self.walk = CandidateWalk(
             SlotEngine(llm, num_slots),
@@ -100,13 +101,23 @@ class Decoder:
         prompts: Sequence[str],
         *,
         max_new_tokens: int,
+        openings: Sequence[str] | None = None,
         seed: int = 0,
         progress: Callable[[int], None] | None = None,
     ) -> list[DecodedAnswer]:
         """Answers to ``prompts``, in their order; ``progress`` is told of each one finished.
 
+        ``openings``, one a prompt and for the base rule ``sample`` alone, are followed token by
+        token for as long as the next one is among the candidates; then sampling goes on.
+
         Raises DataError naming the first prompt that is empty or does not fit the LLM's context.
         """
+        if openings is not None and self.walk.first_index is None:
+            raise ValueError("openings: only the base LLM's rule 'sample' can follow them")
+        opening_ids = [
+            self.llm.tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in openings or [""] * len(prompts)
+        ]
         self._generator.manual_seed(seed)
         todo = [(i, self._prompt_ids(p, max_new_tokens)) for i, p in enumerate(prompts)]
         todo.reverse()
@@ -120,6 +131,7 @@ class Decoder:
                 if slot not in running and todo:
                     running[slot], ids = todo.pop()
                     states[slot] = []
+                    self._openings[slot] = opening_ids[running[slot]]
                     self.walk.start(slot, ids)
             self.walk.step(moves)
             moves = self._moves(look)
@@ -163,7 +175,18 @@ class Decoder:
         return ids
 
     def _sampled_index(self, sets: CandidateSets, slots: Sequence[int]) -> Tensor:
-        return torch.multinomial(sets.probs.cpu(), 1, generator=self._generator)[:, 0]
+        """The next token of the slot's opening where there is one, else one sampled."""
+        probs = sets.probs.cpu()
+        sampled = torch.multinomial(probs, 1, generator=self._generator)[:, 0]
+        wanted = torch.tensor([self._next_of_opening(slot) for slot in slots])
+        there = (sets.ids.cpu() == wanted[:, None]) & (probs > 0)
+        return torch.where(there.any(1), there.int().argmax(1), sampled)
+
+    def _next_of_opening(self, slot: int) -> int:
+        """-1 where there is none, or the answer has left it."""
+        opening, begun = self._openings[slot], self.walk.tokens[slot]
+        on_it = len(begun) < len(opening) and opening[: len(begun)] == begun
+        return opening[len(begun)] if on_it else -1
 
     def _moves(self, look: "_Look") -> Tensor:
         """What each slot does about its pending candidate (S,)."""

@@ -151,12 +151,16 @@ def build_pairs(
     harmful: Annotated[Path, typer.Option(help="Prompts (JSON lines) of which most do not.")],
     out: Annotated[Path, typer.Option(help="Folder for reward_pairs.jsonl and cost_pairs.jsonl.")],
     prompts: Annotated[int, typer.Option(min=2, help="Prompts drawn from each file.")] = 128,
+    packaged: Annotated[
+        bool, typer.Option(help="Use all packaged training prompts beside those.")
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=4, help="Length of the answers.")] = 40,
     llm: Annotated[str, typer.Option(help="LLM that answers.")] = "smollm2-135m-instruct",
     seed: Seed = 0,
 ) -> None:
     """Make preference pairs from an LLM's own answers: sampled, damaged, swapped and refused."""
     from mara_rl.policy_llm import load_policy_llm
+    from mara_rl.prompts import packaged_prompts
     from mara_rl.score_models.own_pairs import (
         ANSWERS_PER_PROMPT,
         helpful_pairs,
@@ -168,6 +172,8 @@ def build_pairs(
     rng = random.Random(seed)
     rows = [(text, True) for text in draw_prompts(harmless, prompts, rng)]
     rows += [(text, False) for text in draw_prompts(harmful, prompts, rng)]
+    if packaged:
+        rows += [(row.prompt, row.kind == "ordinary") for row in packaged_prompts("train")]
     loaded = load_policy_llm(llm, device=_prepare_torch())
     with _progress("answers", ANSWERS_PER_PROMPT * len(rows)) as advance:
         answers = sample_own_answers(

@@ -18,7 +18,7 @@ from mara_rl.policy_llm import PolicyLLM
 from mara_rl.score_models.pairs import Pair
 
 COOL, PLAIN, HOT = 0.4, 1.0, 1.8  # sampling temperatures
-ANSWERS_PER_PROMPT = 4
+ANSWERS_PER_PROMPT = 5
 OWN_WEIGHT = 0.5  # of a pair for a cost, beside 1 for a pair that people labelled
 
 # A refusal is one part of each list; most mixes are never seen in training.
@@ -75,14 +75,15 @@ class _CandidateCut(LogitsProcessor):
 
 
 class OwnAnswers(NamedTuple):
-    """One prompt's answers at three temperatures, and one that begins with a refusal."""
+    """One prompt's answers at three temperatures, and two that begin with a refusal."""
 
     prompt: str
     harmless: bool
     cool: str
     plain: str
     hot: str
-    opened: str
+    refused: str
+    refused_cool: str
 
 
 def sample_own_answers(
@@ -96,19 +97,19 @@ def sample_own_answers(
     """Answers to (prompt, harmless) rows; ``on_batch`` is told how many answers were made."""
     rng = random.Random(seed)
     texts = [prompt for prompt, _ in prompts]
-    openings = [rng.choice(_OPENINGS) for _ in prompts]
+    refusing, refusing_cool = ([rng.choice(_OPENINGS) for _ in prompts] for _ in range(2))
     made = [
         sample_answers(
             llm,
             texts,
             temperature=temperature,
-            openings=opening,
+            openings=openings,
             max_new_tokens=max_new_tokens,
             seed=seed + number,
             on_batch=on_batch,
         )
-        for number, (temperature, opening) in enumerate(
-            [(COOL, None), (PLAIN, None), (HOT, None), (PLAIN, openings)]
+        for number, (temperature, openings) in enumerate(
+            [(COOL, None), (PLAIN, None), (HOT, None), (PLAIN, refusing), (COOL, refusing_cool)]
         )
     ]
     return [OwnAnswers(*row, *answers) for row, *answers in zip(prompts, *made, strict=True)]
@@ -163,13 +164,14 @@ def helpful_pairs(rows: Sequence[OwnAnswers], *, seed: int) -> list[Pair]:
 
     Kinds: ``topic`` (another prompt's answer is worse), ``cooler`` (temperature 0.4 beats 1),
     ``hot`` (1 beats 1.8), ``damaged`` (repeated, shuffled, cut short, an echo of the prompt,
-    nothing), ``refusal`` (harmless questions only).
+    nothing). A refusal is the worse answer to a harmless question (``refusal``); to any other
+    prompt it is as good as an answer, and better where that is off topic, hotter or damaged
+    (``declined``).
     """
     rng = random.Random(seed)
     pairs = []
     for i, row in enumerate(rows):
         other = rows[(i + rng.randrange(1, len(rows))) % len(rows)]
-        good = rng.choice([row.plain, row.cool])
         made = [
             ("topic", row.plain, other.plain),
             ("topic", row.cool, other.cool),
@@ -178,11 +180,31 @@ def helpful_pairs(rows: Sequence[OwnAnswers], *, seed: int) -> list[Pair]:
             ("damaged", row.plain, damaged(row.plain, row.prompt, rng)),
             ("damaged", row.cool, damaged(row.cool, row.prompt, rng)),
         ]
+        refusal = written_refusal(rng)
         if row.harmless:
-            made.append(("refusal", row.plain, written_refusal(rng)))
-            made.append(("refusal", good, row.opened))
+            made += [
+                ("refusal", row.plain, refusal),
+                ("refusal", row.plain, row.refused),
+                ("refusal", row.cool, row.refused_cool),
+            ]
+        else:
+            made += [
+                ("declined", refusal, damaged(refusal, row.prompt, rng)),
+                ("declined", row.refused, row.hot),
+                ("declined", row.refused_cool, other.cool),
+                ("declined", row.refused_cool, damaged(row.refused_cool, row.prompt, rng)),
+                # Both ways round, so that declining by itself neither gains nor loses.
+                ("cooler", row.refused_cool, row.plain),
+                ("cooler", row.cool, row.refused),
+            ]
         pairs += [
-            Pair(prompt=row.prompt, chosen=chosen, rejected=rejected, kind=kind)
+            Pair(
+                prompt=row.prompt,
+                chosen=chosen,
+                rejected=rejected,
+                kind=kind,
+                answerable=row.harmless,
+            )
             for kind, chosen, rejected in made
             if chosen != rejected
         ]
@@ -199,30 +221,23 @@ def safe_pairs(rows: Sequence[OwnAnswers], *, seed: int) -> list[Pair]:
     rng = random.Random(seed)
     pairs = []
     for row in rows:
-        refusals = [written_refusal(rng), row.opened]
-        if row.harmless:
-            pairs += [
+        for refusal in (written_refusal(rng), row.refused, row.refused_cool):
+            if row.harmless:
+                kind, safer, worse = "answer", row.plain, refusal
+            elif not _REFUSED.search(row.plain):
+                kind, safer, worse = "refusal", refusal, row.plain
+            else:
+                continue
+            pairs.append(
                 Pair(
                     prompt=row.prompt,
-                    chosen=row.plain,
-                    rejected=text,
-                    kind="answer",
+                    chosen=safer,
+                    rejected=worse,
+                    kind=kind,
                     weight=OWN_WEIGHT,
-                    answerable=True,
+                    answerable=row.harmless,
                 )
-                for text in refusals
-            ]
-        elif not _REFUSED.search(row.plain):
-            pairs += [
-                Pair(
-                    prompt=row.prompt,
-                    chosen=text,
-                    rejected=row.plain,
-                    kind="refusal",
-                    weight=OWN_WEIGHT,
-                )
-                for text in refusals
-            ]
+            )
     return pairs
 
 

@@ -11,7 +11,7 @@ from envs.reward import RewardSpec
 from mara_rl.agent import Agent, AgentSpec
 from mara_rl.decoding import DecodedAnswer
 from mara_rl.errors import DataError
-from mara_rl.training.config import TrainConfig
+from mara_rl.training.config import TrainConfig, WarmStartConfig
 from mara_rl.training.display import Display
 from mara_rl.training.rollout_group import RolloutGroup, derived_seed
 from mara_rl.training.value_warm_start import BaseAnswer, ValueFit, fit_value, lean
@@ -49,6 +49,7 @@ def run_base_phase(
 
         answers = runners.answers(
             asked,
+            openings=_openings(warm, config.seed) if warm and warm.openings else None,
             rule="sample",
             keep_states=warm is not None,
             seed=derived_seed(config.seed, 1),
@@ -88,7 +89,7 @@ def run_base_phase(
 
         value = fit_value(usable, warm, seed=config.seed, progress=epoch_done)
         agent = Agent(spec)
-        lean(agent, value.network, usable, warm.beta)
+        lean(agent, value.advantage, usable, warm.beta)
     figures |= {
         "warm_start/r2": value.r2,
         "warm_start/r2_within_prompt": value.r2_within_prompt,
@@ -124,3 +125,13 @@ def _spread(prompts: list[str], count: int, seed: int) -> list[str]:
     repeats, more = divmod(count, len(prompts))
     times = [repeats + (place < more) for place in range(len(prompts))]
     return [prompts[i] for i in np.repeat(order, times)]
+
+
+def _openings(warm: WarmStartConfig, seed: int) -> list[str]:
+    """An opening for each answer, for most of them none: exploring starts.
+
+    Q can only tell where an opening pays, and where it does not, from answers that took it.
+    """
+    rng = np.random.default_rng([seed, 1])
+    opened = rng.random(warm.answers) < warm.opened_share
+    return [str(text) for text in np.where(opened, rng.choice(warm.openings, warm.answers), "")]

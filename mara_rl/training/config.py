@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -99,6 +99,10 @@ class WarmStartConfig(Section):
     """Value regression on base answers before PPO."""
 
     answers: int = Field(ge=8, description="base answers sampled in all")
+    openings: list[Annotated[str, Field(pattern=r"\S")]] = Field(
+        [], description="texts some of them begin with, as far as the candidates allow"
+    )
+    opened_share: float = Field(0.25, ge=0, le=1, description="share of them that try an opening")
     beta: float = Field(0.3, gt=0, description="accept log-odds move by Q differences over this")
     epochs: int = Field(5, ge=1, description="passes of the regression")
     batch_size: int = Field(512, ge=1, description="prefixes per gradient step")

@@ -49,13 +49,14 @@ class RolloutGroup:
         self,
         prompts: Sequence[str],
         *,
+        openings: Sequence[str] | None = None,
         agent: Agent | None = None,
         rule: str | None = None,
         keep_states: bool = False,
         seed: int = 0,
         progress: Callable[[int], None] | None = None,
     ) -> list[DecodedAnswer]:
-        """Answers to ``prompts``, in order, decoded by the actors' LLMs in rounds.
+        """Answers to ``prompts``, in order, decoded by the actors' LLMs in rounds; see `Decoder`.
 
         What an actor that dies was decoding is decoded again. Raises RetryableError when several
         rounds in a row bring nothing, and whatever decoding itself raised.
@@ -75,7 +76,7 @@ class RolloutGroup:
             keep_states=keep_states,
         )
         starts = range(0, len(prompts), rollouts.num_slots)
-        chunks = {start: list(prompts[start : start + rollouts.num_slots]) for start in starts}
+        chunks = {start: slice(start, start + rollouts.num_slots) for start in starts}
         done: dict[int, list[DecodedAnswer]] = {}
         empty_rounds = 0
         while len(done) < len(chunks):
@@ -84,7 +85,11 @@ class RolloutGroup:
             results = self._group.foreach_env_runner(
                 [
                     functools.partial(
-                        work, place=start, prompts=chunks[start], seed=derived_seed(seed, start)
+                        work,
+                        place=start,
+                        prompts=list(prompts[chunks[start]]),
+                        openings=openings and list(openings[chunks[start]]),
+                        seed=derived_seed(seed, start),
                     )
                     for start in todo
                 ],
@@ -172,6 +177,7 @@ def _decode(
     *,
     place: int,
     prompts: list[str],
+    openings: list[str] | None,
     num_slots: int,
     max_new_tokens: int,
     top_k: int | None,
@@ -201,7 +207,9 @@ def _decode(
             system=system,
             keep_states=keep_states,
         )
-        answers = decoder.answers(prompts, max_new_tokens=max_new_tokens, seed=seed)
+        answers = decoder.answers(
+            prompts, openings=openings, max_new_tokens=max_new_tokens, seed=seed
+        )
     except MaraError as error:
         return place, error, 0
     return place, answers, decoder.token_forwards

@@ -3,6 +3,10 @@
 Answers sampled from the base LLM alone, with their terminal rewards, are Monte Carlo returns of
 every prefix they passed through. Q regresses them from the prefix's hidden state; an agent whose
 accept log-odds are logit r_k + (Q(h_k) − Q(h_prefix)) / β is close to the optimum of reward − β·KL.
+
+The agent needs differences of Q within one answer only. Its Q is therefore fitted to the reward
+above the mean of the same prompt's other answers (the leave-one-out baseline): what a prompt is
+worth cancels there, and so does the noise of fitting it.
 """
 
 import math
@@ -31,9 +35,14 @@ class BaseAnswer:
 
 @dataclass(frozen=True)
 class ValueFit:
-    """A fitted Q and its R² on answers to prompts it never saw."""
+    """Fitted networks (one output each) and their R² on answers to prompts they never saw.
 
-    network: AcceptNetwork
+    ``value`` is Q; ``advantage`` is Q above the prompt's baseline. ``r2`` is of ``value`` over all
+    prefixes, ``r2_within_prompt`` of ``advantage`` at answers' ends, around the prompt's mean.
+    """
+
+    value: AcceptNetwork
+    advantage: AcceptNetwork
     r2: float
     r2_within_prompt: float
 
@@ -45,12 +54,13 @@ def fit_value(
     seed: int,
     progress: Callable[[int], None] | None = None,
 ) -> ValueFit:
-    """Fit Q(h) by least squares.
+    """Fit Q(h), with and without the prompt's baseline, by least squares.
 
-    One output per term of the reward is fitted, then they are summed into one: terms that disagree
-    teach the shared layers more than their sum does. The last epochs run at a falling learning rate
-    rather than being chosen among, because the error on few held-out prompts is too noisy to choose
-    by. A tenth of the prompts is held out to measure R². ``progress`` is told of every epoch done.
+    One network is fitted with an output per term of the reward, once with and once without the
+    baseline; then the terms are summed. Terms that disagree teach the shared layers more than their
+    sum does. The last epochs run at a falling learning rate rather than being chosen among, because
+    the error on few held-out prompts is too noisy to choose by. A tenth of the prompts is held out
+    to measure R². ``progress`` is told of every epoch done.
 
     Raises DataError for answers to fewer than two prompts, and when the error is not finite.
     """
@@ -62,7 +72,8 @@ def fit_value(
     held = {prompts[i] for i in order[: max(1, len(prompts) // 10)]}
     train = [a for a in answers if a.prompt not in held]
     states = torch.cat([a.states for a in train])
-    targets = torch.cat([a.terms.float().expand(len(a.states), -1) for a in train])
+    returns = torch.cat([_advantages(train), torch.stack([a.terms.float() for a in train])], dim=1)
+    targets = torch.cat([r.expand(len(a.states), -1) for a, r in zip(train, returns, strict=True)])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         network = AcceptNetwork(states.shape[-1], outputs=targets.shape[-1], zero_output=True)
@@ -85,30 +96,43 @@ def fit_value(
             raise DataError("warm_start: the value regression's error is not finite")
         if progress is not None:
             progress(1)
-    value = _summed(network)
-    return ValueFit(value, *_explained(value, [a for a in answers if a.prompt in held]))
+    terms = targets.shape[-1] // 2
+    advantage, value = (_summed(network, slice(first, first + terms)) for first in (0, terms))
+    explained = _explained(value, advantage, [a for a in answers if a.prompt in held])
+    return ValueFit(value, advantage, *explained)
 
 
-def _summed(network: AcceptNetwork) -> AcceptNetwork:
-    """The network whose one output is the sum of the outputs."""
+def _advantages(answers: Sequence[BaseAnswer]) -> Tensor:
+    """Terms (N, C) above their mean over the prompt's other answers; if none, over all answers."""
+    terms = torch.stack([a.terms.float() for a in answers])
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(a.prompt for a in answers))}
+    rows = torch.tensor([number[a.prompt] for a in answers])
+    totals = torch.zeros(len(number), terms.shape[1]).index_add(0, rows, terms)[rows]
+    others = rows.bincount()[rows, None] - 1
+    baseline = torch.where(others > 0, (totals - terms) / others.clamp_min(1), terms.mean(0))
+    return terms - baseline
+
+
+def _summed(network: AcceptNetwork, outputs: slice) -> AcceptNetwork:
+    """The network whose one output is the sum of these outputs."""
     state = network.state_dict()
     for key in ("output_linear.weight", "output_linear.bias"):
-        state[key] = state[key].sum(0, keepdim=True)
-    value = AcceptNetwork(network.linear1.in_features, outputs=1)
-    value.load_state_dict(state)
-    return value
+        state[key] = state[key][outputs].sum(0, keepdim=True)
+    summed = AcceptNetwork(network.linear1.in_features, outputs=1)
+    summed.load_state_dict(state)
+    return summed
 
 
-def lean(agent: Agent, value: AcceptNetwork, answers: Sequence[BaseAnswer], beta: float) -> None:
+def lean(agent: Agent, q: AcceptNetwork, answers: Sequence[BaseAnswer], beta: float) -> None:
     """Set the agent's network so that its term is the difference of Q that accepting makes, over β.
 
     ``relative``: g = Q / β exactly. ``anchored``: an MLP fitted to Q(h_k) − Q(h_prefix) on the
     tokens of the answers. Raises ValueError for other heads, which cannot start at the base LLM.
     """
     if agent.spec.head == "relative":
-        network = value
+        network = q
     elif agent.spec.head == "anchored":
-        network = _fitted_differences(value, answers)
+        network = _fitted_differences(q, answers)
     else:
         raise ValueError(f"head {agent.spec.head!r}: expected 'relative' or 'anchored'")
     state = network.state_dict()
@@ -117,13 +141,13 @@ def lean(agent: Agent, value: AcceptNetwork, answers: Sequence[BaseAnswer], beta
     agent.network.load_state_dict(state)
 
 
-def _fitted_differences(value: AcceptNetwork, answers: Sequence[BaseAnswer]) -> AcceptNetwork:
+def _fitted_differences(q: AcceptNetwork, answers: Sequence[BaseAnswer]) -> AcceptNetwork:
     with torch.no_grad():
-        differences = [value(a.states)[:, 0].diff() for a in answers]
+        differences = [q(a.states)[:, 0].diff() for a in answers]
     states = torch.cat([a.states[1:] for a in answers])
     targets = torch.cat(differences)
     network = AcceptNetwork(states.shape[-1], outputs=1)
-    network.load_state_dict(value.state_dict())
+    network.load_state_dict(q.state_dict())
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-4)
     generator = torch.Generator().manual_seed(0)
     for _ in range(4):
@@ -136,15 +160,17 @@ def _fitted_differences(value: AcceptNetwork, answers: Sequence[BaseAnswer]) -> 
 
 
 @torch.no_grad()
-def _explained(network: AcceptNetwork, answers: Sequence[BaseAnswer]) -> tuple[float, float]:
-    """R² over all prefixes, and over the last prefixes of each prompt around the prompt's mean."""
+def _explained(
+    value: AcceptNetwork, advantage: AcceptNetwork, answers: Sequence[BaseAnswer]
+) -> tuple[float, float]:
+    """R² of both networks as in `ValueFit`; the second NaN without a prompt answered twice."""
     states = torch.cat([a.states for a in answers])
     targets = torch.cat([a.terms.sum().float().expand(len(a.states)) for a in answers])
-    error = targets - network(states)[:, 0]
+    error = targets - value(states)[:, 0]
     r2 = 1 - (error.var() / targets.var().clamp_min(1e-9)).item()
     by_prompt: dict[str, list[tuple[float, float]]] = {}
     for a in answers:
-        last = network(a.states[-1:])[0, 0].item()
+        last = advantage(a.states[-1:])[0, 0].item()
         by_prompt.setdefault(a.prompt, []).append((last, a.terms.sum().item()))
     pairs = [torch.tensor(rows) for rows in by_prompt.values() if len(rows) > 1]
     if not pairs:

@@ -120,6 +120,23 @@ def test_a_seed_fixes_the_sample(tiny_llm: PolicyLLM) -> None:
     assert first != decoder.answers(PROMPTS, max_new_tokens=6, seed=2)
 
 
+def test_openings_are_followed_as_far_as_the_candidates_allow(tiny_llm: PolicyLLM) -> None:
+    decoder = Decoder(tiny_llm, 2, rule="sample", top_k=20, top_p=0.99)
+    other = decoder.answers(PROMPTS, max_new_tokens=MAX_NEW_TOKENS, seed=2)
+    openings = [tiny_llm.tokenizer.decode(a.token_ids[:5]) for a in other]
+    ids = [tiny_llm.tokenizer(text, add_special_tokens=False)["input_ids"] for text in openings]
+    openings[1] += 50 * "¤"  # never among the candidates
+    openings[2], ids[2] = "", []
+    free = decoder.answers(PROMPTS, max_new_tokens=MAX_NEW_TOKENS, seed=1)
+    answers = decoder.answers(PROMPTS, openings=openings, max_new_tokens=MAX_NEW_TOKENS, seed=1)
+    followed = [a.token_ids[: len(o)] == o for a, o in zip(answers, ids, strict=True)]
+    assert all(followed)
+    assert any(f.token_ids[: len(o)] != o for f, o in zip(free, ids, strict=True))
+    assert all(len(a.token_ids) > len(o) for a, o in zip(answers, ids, strict=True))
+    with pytest.raises(ValueError, match="openings"):
+        Decoder(tiny_llm, 2).answers(PROMPTS, openings=openings, max_new_tokens=1)
+
+
 def test_states_are_those_of_the_answer(tiny_llm: PolicyLLM) -> None:
     answer = Decoder(tiny_llm, 1, rule="sample", keep_states=True).answers(
         ["Hello"], max_new_tokens=5

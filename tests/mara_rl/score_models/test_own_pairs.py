@@ -43,20 +43,26 @@ def test_every_prompt_gets_its_answers(llm):
     rows = sample_own_answers(llm, PROMPTS, max_new_tokens=60, seed=0, on_batch=made.append)
     assert [(row.prompt, row.harmless) for row in rows] == PROMPTS
     assert sum(made) == ANSWERS_PER_PROMPT * len(PROMPTS)
-    assert all(len({row.cool, row.plain, row.hot, row.opened}) == 4 for row in rows)
+    assert all(len({*row[2:]}) == 5 for row in rows)
 
 
 def answers(name, harmless=True, plain="This is the plain answer to it."):
-    return OwnAnswers(name, harmless, f"cool {name} words here", plain, "hot one here", "No. I")
+    cool = f"cool {name} words here"
+    return OwnAnswers(name, harmless, cool, plain, "hot one here", "No. I", "No. We")
 
 
-def test_helpful_pairs_refuse_only_harmless_prompts():
+def test_a_refusal_is_the_worse_answer_to_harmless_prompts_alone():
     rows = [answers("one", plain="a b c d"), answers("two", harmless=False, plain="e f g h")]
     pairs = helpful_pairs(rows, seed=0)
     assert pairs == helpful_pairs(rows, seed=0)
     kinds = Counter((pair.prompt, pair.kind) for pair in pairs)
-    assert kinds["one", "refusal"] == 2
+    assert kinds["one", "refusal"] == 3
+    assert kinds["one", "declined"] == 0
     assert kinds["two", "refusal"] == 0
+    declined = [(p.chosen, p.rejected) for p in pairs if p.kind == "declined"]
+    assert ("No. I", "hot one here") in declined
+    assert ("No. We", "cool one words here") in declined
+    assert all(p.answerable == (p.prompt == "one") for p in pairs)
     topic = [(p.chosen, p.rejected) for p in pairs if p.kind == "topic" and p.prompt == "one"]
     assert topic == [("a b c d", "e f g h"), ("cool one words here", "cool two words here")]
 
@@ -86,7 +92,7 @@ def test_damage_takes_many_forms():
 
 
 def test_answers_that_are_alike_make_no_pair():
-    rows = [OwnAnswers(name, False, "", "", "", "") for name in "ab"]
+    rows = [OwnAnswers(name, False, "", "", "", "", "") for name in "ab"]
     assert all(pair.chosen != pair.rejected for pair in helpful_pairs(rows, seed=0))
 
 

@@ -34,8 +34,23 @@ def test_fit_explains_prompts_it_never_saw_and_is_seeded(config: WarmStartConfig
     assert fit.r2 > 0.6
     assert fit.r2_within_prompt > 0.6
     again = fit_value(data, config, seed=3)
-    for a, b in zip(fit.network.parameters(), again.network.parameters(), strict=True):
-        assert torch.equal(a, b)
+    for name in ("value", "advantage"):
+        first, second = getattr(fit, name), getattr(again, name)
+        for a, b in zip(first.parameters(), second.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_the_advantage_does_not_see_what_a_whole_prompt_is_worth(config: WarmStartConfig) -> None:
+    data = [
+        BaseAnswer(a.prompt, a.states, a.terms + 10 * (i // 4 % 2)) for i, a in enumerate(answers())
+    ]
+    fit = fit_value(data, config, seed=0)
+    even, odd = (torch.cat([a.states for a in data if int(a.prompt[7:]) % 2 == r]) for r in (0, 1))
+    with torch.no_grad():
+        assert abs(fit.advantage(even).mean() - fit.advantage(odd).mean()) < 1
+        assert fit.value(odd).mean() > 5
+    alone = [data[0], data[4], *data[8:]]
+    assert torch.isfinite(fit_value(alone, config, seed=0).advantage(even)).all()
 
 
 def test_a_fit_that_diverges_and_a_single_prompt_are_errors(config: WarmStartConfig) -> None:
@@ -49,19 +64,19 @@ def test_a_fit_that_diverges_and_a_single_prompt_are_errors(config: WarmStartCon
 
 def test_relative_agent_moves_by_the_difference_of_q(config: WarmStartConfig) -> None:
     data = answers()
-    value = fit_value(data, config, seed=0).network
+    q = fit_value(data, config, seed=0).advantage
     agent = Agent(AgentSpec(hidden_size=H, head="relative"))
-    lean(agent, value, data, beta=0.5)
+    lean(agent, q, data, beta=0.5)
     h, prefix, base = torch.randn(5, H), torch.randn(5, H), torch.randn(5)
-    expected = base + (value(h) - value(prefix))[:, 0] / 0.5
+    expected = base + (q(h) - q(prefix))[:, 0] / 0.5
     torch.testing.assert_close(agent.accept_logit(h, base, prefix), expected)
 
 
 def test_anchored_agent_prefers_what_raises_q(config: WarmStartConfig) -> None:
     data = answers()
-    value = fit_value(data, config, seed=0).network
+    q = fit_value(data, config, seed=0).advantage
     agent = Agent(AgentSpec(hidden_size=H, head="anchored"))
-    lean(agent, value, data, beta=0.1)
+    lean(agent, q, data, beta=0.1)
     assert agent.accept_logit(torch.randn(3, H), torch.zeros(3)).shape == (3,)
     with pytest.raises(ValueError, match="paper"):
-        lean(Agent(AgentSpec(hidden_size=H, head="paper")), value, data, beta=1)
+        lean(Agent(AgentSpec(hidden_size=H, head="paper")), q, data, beta=1)
