@@ -58,13 +58,17 @@ def train(
     dtype: Annotated[
         Literal["float32", "bfloat16"], typer.Option(help="Of the layers while fitting.")
     ] = "float32",
+    l2: Annotated[
+        list[float] | None,
+        typer.Option(min=0, help="Regularisation to try; may be repeated. Default: 0.03 to 3."),
+    ] = None,
     folds: Annotated[int, typer.Option(min=2, help="Folds of the cross-validation.")] = 5,
     part: Part = (0, 100),
     seed: Seed = 0,
 ) -> None:
     """Fit a score model to preference pairs and print its cross-validated accuracy."""
     from mara_rl.errors import ConfigError
-    from mara_rl.score_models.fit import fit_slice
+    from mara_rl.score_models.fit import L2_GRID, fit_slice
     from mara_rl.score_models.layer_slice import SliceSpec, save_slice
 
     if out.exists():
@@ -89,13 +93,14 @@ def train(
             seed=seed,
             epochs=epochs,
             learning_rate=learning_rate,
+            l2_grid=l2 or L2_GRID,
             device=device,
             dtype=dtype,
             on_pairs=advance,
         )
     save_slice(out, spec, result.head, result.adapter)
-    for l2, accuracy in result.by_l2.items():
-        typer.echo(f"l2 {l2:g}: {accuracy}")
+    for tried, accuracy in result.by_l2.items():
+        typer.echo(f"l2 {tried:g}: {accuracy}")
     typer.echo(f"cross-validated accuracy, {folds} folds, l2 {result.l2:g}:")
     _print_accuracies(result.accuracies)
     typer.echo(f"wrote {out}")

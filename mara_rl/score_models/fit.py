@@ -54,11 +54,12 @@ def fit_slice(
     seed: int,
     epochs: int = 1,
     learning_rate: float = 2e-4,
+    l2_grid: Sequence[float] = L2_GRID,
     device: torch.device,
     dtype: DType = "float32",
     on_pairs: OnPairs = lambda count: None,
 ) -> FitResult:
-    """Fit a score model by Bradley–Terry and cross-validate it.
+    """Fit a score model by Bradley–Terry, its regularisation chosen by cross-validation.
 
     Without an adapter the layers are frozen: each answer's features are computed once. With one,
     the LoRA weights are trained for ``epochs`` in every fold and once more on all pairs, and the
@@ -87,20 +88,20 @@ def fit_slice(
         """Margins (judged, grid) of heads fitted with each regularisation."""
         own = features if spec.adapter == "none" else adapted(fitted)[1]
         train, test = own.select(fitted), own.select(judged)
-        heads = [fit_head(select(fitted), train, l2, gated=spec.gated) for l2 in L2_GRID]
+        heads = [fit_head(select(fitted), train, l2, gated=spec.gated) for l2 in l2_grid]
         columns = [head(test.better, test.prompt) - head(test.worse, test.prompt) for head in heads]
         return torch.stack(columns, dim=1)
 
     held_out = out_of_fold_margins(fold_of_pair, margins)
     tables = [accuracy_by_kind(pairs, column) for column in held_out.unbind(dim=1)]
-    best = max(range(len(L2_GRID)), key=lambda i: (tables[i]["all"].correct, i))
+    best = max(range(len(l2_grid)), key=lambda i: (tables[i]["all"].correct, i))
     sign = {"reward": 1.0, "cost": -1.0}[spec.score_type]
     return FitResult(
-        head=fit_head(pairs, features, L2_GRID[best], gated=spec.gated, sign=sign),
+        head=fit_head(pairs, features, l2_grid[best], gated=spec.gated, sign=sign),
         adapter=adapter,
-        l2=L2_GRID[best],
+        l2=l2_grid[best],
         accuracies=tables[best],
-        by_l2={l2: table["all"] for l2, table in zip(L2_GRID, tables, strict=True)},
+        by_l2={l2: table["all"] for l2, table in zip(l2_grid, tables, strict=True)},
     )
 
 

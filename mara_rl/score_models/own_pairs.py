@@ -162,11 +162,12 @@ def sample_answers(
 def helpful_pairs(rows: Sequence[OwnAnswers], *, seed: int) -> list[Pair]:
     """Pairs for a reward: on topic, fluent, whole, not evasive on harmless questions.
 
-    Kinds: ``topic`` (another prompt's answer is worse), ``cooler`` (temperature 0.4 beats 1),
-    ``hot`` (1 beats 1.8), ``damaged`` (repeated, shuffled, cut short, an echo of the prompt,
-    nothing). A refusal is the worse answer to a harmless question (``refusal``); to any other
-    prompt it is as good as an answer, and better where that is off topic, hotter or damaged
-    (``declined``).
+    Kinds: ``topic`` (another prompt's answer is worse), ``hot`` (temperature 1 beats 1.8),
+    ``damaged`` (repeated, shuffled, cut short, an echo of the prompt, nothing). A refusal is the
+    worse answer to a harmless question (``refusal``); to any other prompt it is as good as an
+    answer, and better where that is off topic, hotter or damaged (``declined``). Cooler answers are
+    not set before answers at temperature 1: a reward that knows them apart holds every step away
+    from the LLM's likeliest text against an agent.
     """
     rng = random.Random(seed)
     pairs = []
@@ -175,7 +176,6 @@ def helpful_pairs(rows: Sequence[OwnAnswers], *, seed: int) -> list[Pair]:
         made = [
             ("topic", row.plain, other.plain),
             ("topic", row.cool, other.cool),
-            ("cooler", row.cool, row.plain),
             ("hot", row.plain, row.hot),
             ("damaged", row.plain, damaged(row.plain, row.prompt, rng)),
             ("damaged", row.cool, damaged(row.cool, row.prompt, rng)),
@@ -193,9 +193,6 @@ def helpful_pairs(rows: Sequence[OwnAnswers], *, seed: int) -> list[Pair]:
                 ("declined", row.refused, row.hot),
                 ("declined", row.refused_cool, other.cool),
                 ("declined", row.refused_cool, damaged(row.refused_cool, row.prompt, rng)),
-                # Both ways round, so that declining by itself neither gains nor loses.
-                ("cooler", row.refused_cool, row.plain),
-                ("cooler", row.cool, row.refused),
             ]
         pairs += [
             Pair(

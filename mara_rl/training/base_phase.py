@@ -40,7 +40,7 @@ def run_base_phase(
     """Sample, score and (with a warm start) learn from answers of the base LLM alone."""
     warm = config.warm_start
     count = warm.answers if warm else config.ppo.scale_answers
-    asked = _spread(prompts, count, config.seed)
+    asked = spread(prompts, count, config.seed)
     with display.phase("base answers", total=count) as phase:
 
         def progress(done: int) -> None:
@@ -49,7 +49,7 @@ def run_base_phase(
 
         answers = runners.answers(
             asked,
-            openings=_openings(warm, config.seed) if warm and warm.openings else None,
+            openings=openings_of(warm, config.seed) if warm and warm.openings else None,
             rule="sample",
             keep_states=warm is not None,
             seed=derived_seed(config.seed, 1),
@@ -116,7 +116,7 @@ def score_in_batches(
     return scores
 
 
-def _spread(prompts: list[str], count: int, seed: int) -> list[str]:
+def spread(prompts: list[str], count: int, seed: int) -> list[str]:
     """``count`` prompts in seeded order, each as often as any other give or take one.
 
     A prompt's repeats stand together: slots that start the same prompt share its prefill.
@@ -127,7 +127,7 @@ def _spread(prompts: list[str], count: int, seed: int) -> list[str]:
     return [prompts[i] for i in np.repeat(order, times)]
 
 
-def _openings(warm: WarmStartConfig, seed: int) -> list[str]:
+def openings_of(warm: WarmStartConfig, seed: int) -> list[str]:
     """An opening for each answer, for most of them none: exploring starts.
 
     Q can only tell where an opening pays, and where it does not, from answers that took it.

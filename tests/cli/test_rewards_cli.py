@@ -6,6 +6,7 @@ import pytest
 from tiny_checkpoints import write_llm
 
 from mara_rl.cli import app
+from mara_rl.prompts import packaged_prompts
 
 WORDS = ["water", "rain", "fox", "cloud", "river", "stone", "light", "wind"]
 
@@ -59,9 +60,12 @@ def train_options(pairs, backbone, out):
 def test_train_evaluate_score(command, pairs, backbone, tmp_path, score_type):
     out = tmp_path / "model"
     status, output, _ = command(
-        "train", *train_options(pairs, backbone, out), "--score-type", score_type
+        *("train", *train_options(pairs, backbone, out), "--score-type", score_type),
+        *("--l2", 0.1, "--l2", 1),
     )
     assert status == 0
+    tried = [line.split(":")[0] for line in output.splitlines() if line.startswith("l2 ")]
+    assert tried == ["l2 0.1", "l2 1"]
     accuracy = float(output.split("all: ")[1].split(" %")[0])
     assert accuracy > 90
     assert "odd: " in output
@@ -118,11 +122,24 @@ def test_build_pairs_writes_both_files_alike_for_one_seed(command, backbone, tmp
         assert status == 0
         return [(tmp_path / out / f"{k}_pairs.jsonl").read_text() for k in ("reward", "cost")]
 
+    def build_with_packaged(out):
+        command(
+            *("build-pairs", "--harmless", tmp_path / "harmless.jsonl", "--packaged"),
+            *("--harmful", tmp_path / "harmful.jsonl", "--out", tmp_path / out),
+            *("--prompts", 2, "--max-new-tokens", 4, "--llm", backbone),
+        )
+        text = (tmp_path / out / "cost_pairs.jsonl").read_text()
+        rows = [json.loads(line) for line in text.splitlines()]
+        return {row["prompt"]: row["answerable"] for row in rows}
+
     first = build("one", 0)
     assert first == build("two", 0)
     assert first != build("three", 1)
     kinds = {json.loads(line)["kind"] for text in first for line in text.splitlines()}
-    assert kinds == {"topic", "cooler", "hot", "damaged", "refusal", "answer"}
+    assert kinds == {"topic", "hot", "damaged", "refusal", "declined", "answer"}
+    answerable = build_with_packaged("packaged")
+    for prompt in packaged_prompts("train"):
+        assert answerable[prompt.prompt] == (prompt.kind == "ordinary")
 
 
 def test_bad_input_is_one_line_that_names_it(command, pairs, backbone, tmp_path):

@@ -30,6 +30,8 @@ def test_overrides_reach_nested_settings() -> None:
         ("ppo.kl_coeff=[1", "value is not YAML"),
         ("ppo.minibatch_size=100000", "ppo.minibatch_size: 100000 is more than"),
         ("agent.head=paper", "warm_start: needs agent.head"),
+        ("warm_start.openings=[' ']", "warm_start.openings.0: string should match pattern"),
+        ("warm_start.opened_share=2", "warm_start.opened_share: input should be less than"),
         ("name=../up", "name: string should match pattern"),
         ("scores={}", "every weight is 0"),
     ],
