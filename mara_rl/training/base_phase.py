@@ -8,13 +8,13 @@ import torch
 
 from envs.protocols import Scorer
 from envs.reward import RewardSpec
-from mara_rl.agent import Agent, AgentSpec
+from mara_rl.agent import AcceptNetwork, Agent, AgentSpec
 from mara_rl.decoding import DecodedAnswer
 from mara_rl.errors import DataError
 from mara_rl.training.config import TrainConfig, WarmStartConfig
 from mara_rl.training.display import Display
 from mara_rl.training.rollout_group import RolloutGroup, derived_seed
-from mara_rl.training.value_warm_start import BaseAnswer, ValueFit, fit_value, lean
+from mara_rl.training.value_warm_start import BaseAnswer, fit_value, lean
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class BasePhase:
     figures: dict[str, float]
     token_forwards: int
     agent: Agent | None
-    value: ValueFit | None
+    value: AcceptNetwork | None
 
 
 def run_base_phase(
@@ -87,14 +87,14 @@ def run_base_phase(
             phase.advance(done)
             check_interrupt()
 
-        value = fit_value(usable, warm, seed=config.seed, progress=epoch_done)
+        fit = fit_value(usable, warm, seed=config.seed, progress=epoch_done)
         agent = Agent(spec)
-        lean(agent, value.advantage, usable, warm.beta)
+        lean(agent, fit.advantage, usable, warm.beta)
     figures |= {
-        "warm_start/r2": value.r2,
-        "warm_start/r2_within_prompt": value.r2_within_prompt,
+        "warm_start/r2": fit.r2,
+        "warm_start/r2_within_prompt": fit.r2_within_prompt,
     }
-    return BasePhase(reward, figures, forwards, agent, value)
+    return BasePhase(reward, figures, forwards, agent, fit.value)
 
 
 def score_in_batches(

@@ -182,7 +182,7 @@ def _begin(state: TrainState, base: BasePhase, weights: LearnerWeights) -> None:
     state.warm_start = base.figures
     state.token_forwards = base.token_forwards
     if base.agent is not None and base.value is not None:
-        weights.start_from(base.agent, base.value.value)
+        weights.start_from(base.agent, base.value)
 
 
 def _metadata(config: TrainConfig, folder: RunFolder, state: TrainState) -> dict[str, Any]:
