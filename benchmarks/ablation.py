@@ -5,7 +5,8 @@ cores. Runs that are finished are not run again, so it can be stopped and starte
 
 - both: the quickstart as shipped.
 - warm: all token-forwards go into base answers for the warm start; no PPO.
-- ppo: PPO from an agent that does nothing yet; base answers only for the score scales.
+- ppo: PPO from an agent that does nothing yet; base answers only for the score scales. Its
+  learning rate is higher, as it starts from nothing: the preset's is for refining a warm start.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from mara_rl.home import mara_home
 VARIANTS = {
     "both": [],
     "warm": ["warm_start.answers=3024", "ppo.iterations=0"],
-    "ppo": ["warm_start=null", "ppo.iterations=18"],
+    "ppo": ["warm_start=null", "ppo.iterations=18", "ppo.lr=1.0e-4"],
 }
 AXES = ("both", "helpful", "harmless")
 
