@@ -25,15 +25,15 @@ class SlotLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):  # type: ignore[no-untyped-def]
-        """Write (R, heads, Q, D) at the cache's current rows and positions; return those rows."""
+        """Write (1, heads, N, D) where the cache aims; return the keys and values of its rows."""
         cache = self.cache
         if not self.is_initialized or self.keys.shape[2] < cache.capacity:
             self.lazy_initialization(key_states, value_states)
-        at = (cache.rows[:, None], slice(None), cache.positions)  # (R, Q, heads, D)
-        self.keys[at] = key_states.transpose(1, 2)
-        self.values[at] = value_states.transpose(1, 2)
+        at = (cache.slots, slice(None), cache.places)  # (N, heads, D)
+        self.keys[at] = key_states[0].transpose(0, 1)
+        self.values[at] = value_states[0].transpose(0, 1)
         keys, values = self.keys[:, :, : cache.view], self.values[:, :, : cache.view]
-        return (keys, values) if cache.all_rows else (keys[cache.rows], values[cache.rows])
+        return (keys, values) if cache.rows is None else (keys[cache.rows], values[cache.rows])
 
     def _grown(self, old: Any, like: Tensor) -> Tensor:
         shape = (self.cache.num_slots, like.shape[1], self.cache.capacity, like.shape[3])
@@ -61,9 +61,9 @@ class SlotCache(Cache):
         self.device = device
         self.capacity = 0
         self.view = 0
-        self.all_rows = True
-        self.rows = torch.arange(num_slots, device=device)
-        self.positions = torch.zeros(num_slots, 1, dtype=torch.long, device=device)
+        self.rows: Tensor | None = None
+        self.slots = torch.zeros(0, dtype=torch.long, device=device)
+        self.places = torch.zeros(0, dtype=torch.long, device=device)
 
     def zero(self, slots: Sequence[int]) -> None:
         """Zero all keys and values of these slots."""
@@ -81,18 +81,21 @@ class SlotCache(Cache):
                 layer.keys[list(targets), :, :length] = layer.keys[list(sources), :, :length]
                 layer.values[list(targets), :, :length] = layer.values[list(sources), :, :length]
 
-    def aim(self, positions: Tensor, longest: int, rows: Sequence[int] | None = None) -> None:
+    def move(self, slots: Tensor, sources: Tensor, targets: Tensor) -> None:
+        """Copy one key and value within each of these slots (R,), from source to target place."""
+        slot_layers: list[Any] = self.layers
+        for layer in slot_layers:
+            layer.keys[slots, :, targets] = layer.keys[slots, :, sources]
+            layer.values[slots, :, targets] = layer.values[slots, :, sources]
+
+    def aim(self, slots: Tensor, places: Tensor, longest: int, rows: Tensor | None) -> None:
         """Set the target of the next forward.
 
         Args:
-            positions: where the keys and values of the R × Q tokens go (R, Q), int64.
-            longest: the greatest position any query looks at, plus 1.
-            rows: the slots of the R rows; None means all of them in order.
+            slots, places: where the keys and values of the N tokens go (N,), int64, on the device.
+            longest: the greatest place any token looks at, plus 1.
+            rows: the slots whose keys the attention needs (R,), in order; None means all.
         """
         self.view = -(-longest // 32) * 32
         self.capacity = max(self.capacity, -(-self.view // CAPACITY_STEP) * CAPACITY_STEP)
-        self.positions = positions
-        self.all_rows = rows is None
-        self.rows = torch.as_tensor(
-            range(self.num_slots) if rows is None else rows, device=self.device
-        )
+        self.slots, self.places, self.rows = slots, places, rows

@@ -1,4 +1,4 @@
-"""One-at-a-time forwards of a frozen LLM over S slots, each a sequence of its own length."""
+"""Forwards of a frozen LLM over S slots, each a sequence of its own length."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,22 +6,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mara_rl import slot_attention
 from mara_rl.errors import ConfigError
 from mara_rl.policy_llm import PolicyLLM
+from mara_rl.slot_attention import Layout
 from mara_rl.slot_cache import SlotCache
 
 
 class SlotEngine:
-    """S slots over one LLM. A slot holds committed tokens and, past them, one pending candidate.
+    """S slots over one LLM. A slot holds committed tokens and, past them, candidates looked at.
 
-    `prefill` commits prompt tokens, `propose` looks at one pending token per slot (overwriting the
-    last one looked at), `commit` makes the pending token part of the sequence. Hidden states are
-    those after the final norm, in the LLM's dtype.
+    `prefill` commits prompt tokens. `propose` looks at one candidate per slot (overwriting the last
+    one looked at) and `commit` makes it part of the sequence; `look` looks at any number of
+    candidates of some slots, each blind to the others, and `take` makes one of them part of the
+    sequence. Hidden states are those after the final norm, in the LLM's dtype.
 
     Attributes:
         lengths: committed tokens per slot (S,), int64 on the CPU.
         prefill_tokens: prompt tokens put through the LLM so far.
-        candidate_tokens: pending tokens put through the LLM so far.
+        candidate_tokens: candidates put through the LLM so far.
+        forwards: forwards of the LLM so far.
     """
 
     def __init__(self, llm: PolicyLLM, num_slots: int) -> None:
@@ -31,13 +35,10 @@ class SlotEngine:
         self.lengths = torch.zeros(num_slots, dtype=torch.long)
         self.prefill_tokens = 0
         self.candidate_tokens = 0
+        self.forwards = 0
         self._cache = SlotCache(config.num_hidden_layers, num_slots, llm.device)
         self._windows = _attention_windows(config)
-        self._attention = llm.model.config._attn_implementation
-        if self._attention not in ("sdpa", "eager"):
-            raise ConfigError(
-                f"llm {llm.name!r}: attention {self._attention!r}; expected 'sdpa' or 'eager'"
-            )
+        self._all = torch.arange(num_slots)
 
     def clear(self, slots: Sequence[int]) -> None:
         """Forget what these slots hold."""
@@ -52,18 +53,13 @@ class SlotEngine:
     @torch.inference_mode()
     def prefill(self, slots: Sequence[int], chunks: Sequence[Sequence[int]]) -> Tensor:
         """Commit one chunk of prompt tokens per slot; hidden states (R, H) of each chunk's last."""
-        sizes = torch.tensor([len(chunk) for chunk in chunks])
-        width = int(sizes.max())
-        tokens = torch.zeros(len(slots), width, dtype=torch.long)
-        for row, chunk in enumerate(chunks):
-            tokens[row, : len(chunk)] = torch.as_tensor(chunk)
-        start = self.lengths[list(slots)]
-        # Padding lands past the chunk, where later tokens overwrite it before anyone looks.
-        positions = start[:, None] + torch.arange(width)
-        hidden = self._forward(tokens, positions, list(slots))
-        self.lengths[list(slots)] += sizes
-        self.prefill_tokens += int(sizes.sum())
-        return hidden[torch.arange(len(slots)), sizes - 1]
+        rows = torch.as_tensor(slots)
+        counts = torch.tensor([len(chunk) for chunk in chunks])
+        tokens = torch.tensor([token for chunk in chunks for token in chunk])
+        hidden = self._forward(rows, counts, tokens, self.lengths[rows], siblings=False)
+        self.lengths[rows] += counts
+        self.prefill_tokens += len(tokens)
+        return hidden[counts.cumsum(0) - 1]
 
     @torch.inference_mode()
     def copy(self, sources: Sequence[int], targets: Sequence[int]) -> None:
@@ -78,11 +74,38 @@ class SlotEngine:
         Idle slots take any token id: what they write is overwritten before it is looked at.
         """
         self.candidate_tokens += self.num_slots
-        return self._forward(tokens[:, None], self.lengths[:, None].clone(), None)[:, 0]
+        ones = torch.ones_like(self._all)
+        return self._forward(None, ones, tokens, self.lengths, siblings=False)
 
     def commit(self, accepted: Tensor) -> None:
         """Make the pending token of the slots where ``accepted`` (S,), bool, part of them."""
         self.lengths += accepted.long()
+
+    @torch.inference_mode()
+    def look(self, slots: Tensor, counts: Tensor, tokens: Tensor, looked: Tensor) -> Tensor:
+        """Look at candidates for the next token of some slots in one forward.
+
+        Args:
+            slots: (R,), int64.
+            counts: candidates per slot (R,), all at least 1.
+            tokens: the N candidates, slot by slot (N,), int64.
+            looked: candidates for the same place that each slot has looked at before (R,).
+
+        Returns hidden states (N, H). All candidates looked at stay until one is taken.
+        """
+        self.candidate_tokens += len(tokens)
+        return self._forward(slots, counts, tokens, self.lengths[slots] + looked, siblings=True)
+
+    @torch.inference_mode()
+    def take(self, slots: Tensor, index: Tensor) -> None:
+        """Make the candidate that each slot (R,) looked at in place ``index`` (R,) part of it."""
+        ends = self.lengths[slots]
+        moved = index > 0
+        if moved.any():
+            device = self.llm.device
+            rows, targets = slots[moved].to(device), ends[moved].to(device)
+            self._cache.move(rows, targets + index[moved].to(device), targets)
+        self.lengths[slots] += 1
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -91,28 +114,61 @@ class SlotEngine:
         cap = getattr(self.llm.model.config.get_text_config(), "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap else logits
 
-    def _forward(self, tokens: Tensor, positions: Tensor, rows: list[int] | None) -> Tensor:
+    def _forward(
+        self,
+        slots: Tensor | None,
+        counts: Tensor,
+        tokens: Tensor,
+        first: Tensor,
+        *,
+        siblings: bool,
+    ) -> Tensor:
+        """Hidden states (N, H) of N tokens, ``counts`` (R,) of them for each slot (None: all).
+
+        A slot's tokens go to the places from ``first`` (R,) on. They follow each other, or, as
+        ``siblings``, are alternatives for one position, each blind to the others.
+        """
         device = self.llm.device
-        self._cache.aim(positions.to(device), int(positions.max()) + 1, rows)
-        positions = positions.to(device)
+        width, longest = int(counts.max()), int((first + counts).max())
+        row = torch.arange(len(counts)).repeat_interleave(counts)
+        column = torch.arange(len(tokens)) - (counts.cumsum(0) - counts)[row]
+        layout = Layout(
+            len(counts),
+            width,
+            row.to(device),
+            column.to(device),
+            full=len(tokens) == len(counts) * width,
+        )
+        rows = self._all if slots is None else slots
+        self._cache.aim(
+            rows[row].to(device),
+            (first[row] + column).to(device),
+            longest,
+            None if slots is None else slots.to(device),
+        )
+        places = (first[:, None] + torch.arange(width)).to(device)
+        ends = self.lengths[rows][:, None].to(device)
+        positions = ends.expand_as(places) if siblings else places
         key = torch.arange(self._cache.view, device=device)
-        distance = positions[:, None, :, None] - key  # (R, 1, Q, view)
+        distance = positions[:, None, :, None] - key  # (R, 1, W, view)
+        seen = distance >= 0
+        if siblings:
+            seen = (distance > 0) | (places[:, None, :, None] == key)
         masks = {
-            kind: (distance >= 0) & (distance < window) if window else distance >= 0
+            kind: seen & (distance < window) if window else seen
             for kind, window in self._windows.items()
         }
-        if self._attention == "eager":  # which adds the mask to the scores
-            dtype = self.llm.model.dtype
-            hidden = torch.tensor(torch.finfo(dtype).min, dtype=dtype, device=device)
-            masks = {kind: torch.where(m, 0.0, hidden) for kind, m in masks.items()}
         mask: Any = masks if len(masks) > 1 else next(iter(masks.values()))
-        return self.llm.model.base_model(
-            input_ids=tokens.to(device),
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=self._cache,
-            use_cache=True,
-        ).last_hidden_state
+        self.forwards += 1
+        with slot_attention.used_by(self.llm.model):
+            return self.llm.model.base_model(
+                input_ids=tokens[None].to(device),
+                attention_mask=mask,
+                position_ids=layout.pack(positions)[None],
+                past_key_values=self._cache,
+                use_cache=True,
+                layout=layout,
+            ).last_hidden_state[0]
 
 
 def _attention_windows(config: Any) -> dict[str, int | None]:

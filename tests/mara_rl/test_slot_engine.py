@@ -1,9 +1,7 @@
 """The slot engine against plain forwards without a cache, one sequence at a time."""
 
-import pytest
 import torch
 
-from mara_rl.errors import ConfigError
 from mara_rl.policy_llm import PolicyLLM
 from mara_rl.slot_engine import SlotEngine
 
@@ -80,46 +78,32 @@ def test_token_counts(tiny_llm: PolicyLLM) -> None:
     assert engine.candidate_tokens == 2
 
 
-def test_eager_attention_gives_the_same_states(tiny_llm: PolicyLLM) -> None:
-    sequence = random_tokens(20)
-    expected = plain_state(tiny_llm, sequence)
-    tiny_llm.model.set_attn_implementation("eager")
-    states = SlotEngine(tiny_llm, 2).prefill([1], [sequence])
-    torch.testing.assert_close(states[0], expected, rtol=1e-4, atol=TOLERANCE)
-
-
-def test_unknown_attention_is_refused(tiny_llm: PolicyLLM) -> None:
-    tiny_llm.model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ConfigError, match="expected 'sdpa' or 'eager'"):
-        SlotEngine(tiny_llm, 1)
-
-
-def test_a_scrubbed_slot_forgets_states_that_are_not_finite(tiny_llm: PolicyLLM) -> None:
-    engine = SlotEngine(tiny_llm, 2)
-    sequence = random_tokens(9)
-    engine.prefill([0, 1], [sequence, random_tokens(30)])
-    with torch.inference_mode():
-        engine._cache.layers[0].values[0, :, 3:] = float("nan")
-    assert not engine.propose(torch.tensor([5, 5]))[0].isfinite().all()
-    engine.scrub([0])
-    states = engine.prefill([0], [sequence])
-    torch.testing.assert_close(states[0], plain_state(tiny_llm, sequence), rtol=1e-4, atol=2e-5)
-
-
-@pytest.mark.slow
-def test_smollm2(smollm2: PolicyLLM) -> None:
-    engine = SlotEngine(smollm2, 2)
-    sequences = [smollm2.prompt_ids(p) for p in ("Hi", "How do I keep basil alive in winter?")]
-    engine.prefill([0, 1], sequences)
-    for _ in range(4):
-        pending = torch.randint(100, 40000, (2,))
-        h = engine.propose(pending)
-        for row in (0, 1):
-            torch.testing.assert_close(
-                h[row],
-                plain_state(smollm2, [*sequences[row], int(pending[row])]),
-                rtol=1e-3,
-                atol=2e-3,
-            )
-        engine.commit(torch.tensor([True, False]))
-        sequences[0] = [*sequences[0], int(pending[0])]
+def test_looking_at_several_candidates_and_taking_any(tiny_llm: PolicyLLM) -> None:
+    engine = SlotEngine(tiny_llm, 4)
+    sequences = {slot: random_tokens(n) for slot, n in ((0, 4), (1, 23), (3, 9))}
+    engine.prefill(list(sequences), list(sequences.values()))
+    widths_seen = set()
+    for _ in range(20):
+        slots = torch.tensor([slot for slot in sequences if torch.rand(()) < 0.8] or [1])
+        looked = torch.zeros(len(slots), dtype=torch.long)
+        candidates: list[list[int]] = [[] for _ in slots]
+        for _ in range(2):  # in two goes: the first go's candidates can still be taken
+            counts = torch.randint(1, 6, (len(slots),))
+            widths_seen.add(len(set(counts.tolist())) > 1)
+            tokens = torch.randint(3, 90, (int(counts.sum()),))
+            h = engine.look(slots, counts, tokens, looked)
+            states = h.split(counts.tolist())
+            for row, more in enumerate(tokens.split(counts.tolist())):
+                base = sequences[int(slots[row])]
+                assert_states(tiny_llm, states[row], [[*base, t] for t in more.tolist()])
+                candidates[row] += more.tolist()
+            looked += counts
+        chosen = torch.stack([torch.randint(0, int(n), ()) for n in looked])
+        engine.take(slots, chosen)
+        for row, slot in enumerate(slots.tolist()):
+            sequences[slot].append(candidates[row][int(chosen[row])])
+    assert widths_seen == {True, False} or widths_seen == {True}
+    pending = torch.randint(3, 90, (4,))
+    h = engine.propose(pending)
+    for slot, tokens in sequences.items():
+        assert_states(tiny_llm, h[slot : slot + 1], [[*tokens, int(pending[slot])]])

@@ -1,0 +1,98 @@
+"""Attention of packed tokens over the slots of a `SlotCache`, for any LLM of transformers.
+
+A forward gets one row of N tokens that belong to R slots, so the LLM's linear layers see no
+padding. Only here, where each token must see its own slot's keys, are they laid out as (R, W).
+"""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface
+
+NAME = "mara_slots"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the N packed tokens stand: token n is column ``column[n]`` of row ``row[n]``.
+
+    ``width`` W is the largest number of tokens of one of the R rows. ``full`` says that all rows
+    have W tokens, in order, so that packing and unpacking are reshapes.
+    """
+
+    rows: int
+    width: int
+    row: Tensor
+    column: Tensor
+    full: bool
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """(N, ...) to (R, W, ...), zeros where a row is shorter."""
+        if self.full:
+            return packed.unflatten(0, (self.rows, self.width))
+        padded = packed.new_zeros(self.rows, self.width, *packed.shape[1:])
+        padded[self.row, self.column] = packed
+        return padded
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """(R, W, ...) to (N, ...)."""
+        return padded.flatten(0, 1) if self.full else padded[self.row, self.column]
+
+
+def slot_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor,
+    *,
+    layout: Layout,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers calls it, with keys and values of whole slots.
+
+    Args:
+        query: (1, heads, N, D).
+        key, value: (R, key heads, view, D).
+        attention_mask: (R, 1, W, view), bool, what each token sees.
+        layout: where the tokens stand.
+        scaling, softcap: of the LLM's attention logits.
+
+    Returns (1, N, heads, D); the second value is always None.
+    """
+    heads, key_heads = query.shape[1], key.shape[1]
+    group = heads // key_heads
+    # The heads that share a key head become further queries of it: (R, key heads, group · W, D).
+    q = layout.unpack(query[0].transpose(0, 1)).unflatten(2, (key_heads, group))
+    q = q.permute(0, 2, 3, 1, 4).flatten(2, 3)
+    mask = attention_mask.repeat(1, 1, group, 1) if group > 1 else attention_mask
+    if softcap is None:
+        out = torch.nn.functional.scaled_dot_product_attention(q, key, value, mask, scale=scaling)
+    else:
+        logits = q @ key.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+        logits = torch.tanh(logits / softcap) * softcap
+        logits = logits.float().masked_fill(~mask, -torch.inf)
+        out = torch.softmax(logits, dim=-1).to(q.dtype) @ value
+    out = out.unflatten(2, (group, layout.width)).permute(0, 3, 1, 2, 4).flatten(2, 3)
+    return layout.pack(out)[None], None
+
+
+AttentionInterface.register(NAME, slot_attention)
+
+
+@contextlib.contextmanager
+def used_by(model: Any) -> Iterator[None]:
+    """Let a model of transformers attend with `slot_attention` for the length of the block."""
+    config = model.config.get_text_config()
+    before = config._attn_implementation
+    config._attn_implementation = NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
