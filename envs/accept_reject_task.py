@@ -137,10 +137,10 @@ class AcceptRejectTask:
         used = torch.tensor([len(tokens) for tokens in walk.tokens])
         x = torch.stack(
             [
-                walk.base_logits.gather(1, index)[:, 0],
-                walk.probs.gather(1, index)[:, 0].clamp_min(1e-38).log(),
+                walk.sets.base_logits.gather(1, index)[:, 0],
+                walk.sets.probs.gather(1, index)[:, 0].clamp_min(1e-38).log(),
                 walk.index.float(),
-                walk.mass_left.gather(1, index)[:, 0],
+                walk.sets.mass_left.gather(1, index)[:, 0],
                 (self.max_new_tokens - used).float(),
                 walk.forced.float(),
             ],

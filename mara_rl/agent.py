@@ -78,15 +78,16 @@ class Agent(nn.Module):
         ``base_logit`` (...) is logit r_k. ``h_prefix`` (..., H) is required by the ``relative``
         head and ignored by the others. Raises ValueError where it is required and missing.
         """
-        term = self._term(h)
+        term = self.term(h)
         if self.spec.head == "paper":
             return term
         if self.spec.head == "relative":
             if h_prefix is None:
                 raise ValueError("head 'relative' needs h_prefix, the last accepted token's state")
-            term = term - self._term(h_prefix)
+            term = term - self.term(h_prefix)
         return base_logit.float() + term
 
-    def _term(self, h: Tensor) -> Tensor:
+    def term(self, h: Tensor) -> Tensor:
+        """The network's own log-odds (...), float32, of hidden states (..., H)."""
         logits = self.network(h)
         return logits[..., 1] - logits[..., 0]

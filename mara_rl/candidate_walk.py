@@ -1,16 +1,13 @@
-"""S sequences that grow by looking at candidates one at a time: the method's state machine.
+"""S sequences that grow by looking at candidates one at a time, as an RL policy decides."""
 
-Both the environment (where an RL policy accepts or rejects) and decoding (where a rule does) drive
-this one implementation.
-"""
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from mara_rl.candidates import CandidateSets, candidate_sets
+from mara_rl.prompt_reader import PromptReader
 from mara_rl.slot_engine import SlotEngine
 
 ACCEPT: Final = -1
@@ -18,15 +15,15 @@ ACCEPT: Final = -1
 
 
 class CandidateWalk:
-    """Per slot: a prompt being prefilled, then a set of candidates, one of them pending.
+    """Per slot: a prompt being read, then a set of candidates, one of them pending.
 
-    Attributes (S slots, K candidates, H hidden size; on the LLM's device unless noted):
-        h: hidden state with the pending candidate appended (S, H).
-        h_prefix: hidden state of the last accepted (or last prompt) token (S, H).
+    Attributes (S slots, K candidates, H hidden size):
+        h: hidden state with the pending candidate appended (S, H), on the LLM's device.
+        h_prefix: hidden state of the last accepted (or last prompt) token (S, H), likewise.
         index: which candidate is pending (S,), int64, CPU.
         active: slots with a pending candidate (S,), bool, CPU.
         tokens: accepted response token ids per slot, lists.
-        ids, probs, mass_left, base_logits (S, K), counts (S,): each slot's set, on the CPU.
+        sets: each slot's set of candidates.
     """
 
     def __init__(
@@ -36,54 +33,45 @@ class CandidateWalk:
         top_k: int,
         top_p: float,
         prefill_chunk_tokens: int = 512,
-        first_index: Callable[[CandidateSets, Sequence[int]], Tensor] | None = None,
     ) -> None:
-        """``first_index`` picks the candidate (R,) looked at first of new sets of these slots."""
         slots, hidden = engine.num_slots, engine.llm.hidden_size
         self.engine = engine
         self.top_k, self.top_p = top_k, top_p
-        self.prefill_chunk_tokens = prefill_chunk_tokens
-        self.first_index = first_index
         state = {"device": engine.llm.device, "dtype": engine.llm.model.dtype}
         self.h = torch.zeros(slots, hidden, **state)
         self.h_prefix = torch.zeros(slots, hidden, **state)
         self.index = torch.zeros(slots, dtype=torch.long)
         self.active = torch.zeros(slots, dtype=torch.bool)
         self.tokens: list[list[int]] = [[] for _ in range(slots)]
-        self.ids = torch.zeros(slots, top_k, dtype=torch.long)
-        self.probs = torch.zeros(slots, top_k)
-        self.mass_left = torch.zeros(slots, top_k)
-        self.base_logits = torch.zeros(slots, top_k)
-        self.counts = torch.ones(slots, dtype=torch.long)
-        self._prompts: dict[int, list[int]] = {}
+        self.sets = CandidateSets.empty(slots, top_k)
+        self._reader = PromptReader(engine, prefill_chunk_tokens)
 
     @property
     def forced(self) -> Tensor:
         """Slots whose pending candidate is their set's last (S,), bool: there is no choice."""
-        return self.index >= self.counts - 1
+        return self.index >= self.sets.counts - 1
 
     @property
     def prefilling(self) -> Tensor:
         """Slots whose prompt is not yet wholly read (S,), bool."""
         waiting = torch.zeros(self.engine.num_slots, dtype=torch.bool)
-        waiting[list(self._prompts)] = True
+        waiting[self._reader.waiting] = True
         return waiting
 
     def pending_ids(self) -> Tensor:
         """The pending candidates' token ids (S,), int64."""
-        return self.ids.gather(1, self.index[:, None])[:, 0]
+        return self.sets.ids.gather(1, self.index[:, None])[:, 0]
 
     def start(self, slot: int, prompt_ids: Sequence[int]) -> None:
         """Give a slot a new prompt; `step` reads it, a chunk at a time."""
         self.stop([slot])
-        self._prompts[slot] = list(prompt_ids)
+        self._reader.start(slot, prompt_ids)
         self.tokens[slot] = []
 
     def stop(self, slots: Sequence[int]) -> None:
         """Make slots idle and forget their sequences."""
         self.active[list(slots)] = False
-        for slot in slots:
-            self._prompts.pop(slot, None)
+        self._reader.drop(slots)
         self.engine.clear(slots)
 
     def step(self, moves: Tensor) -> None:
@@ -100,45 +88,12 @@ class CandidateWalk:
         for slot, token in zip(grown, self.pending_ids()[accepted].tolist(), strict=True):
             self.tokens[slot].append(token)
         self.h_prefix[grown] = self.h[grown]
-        grown += self._prefill()
+        complete, states = self._reader.read()
+        self.h_prefix[complete] = states.to(self.h_prefix.dtype)
+        grown += complete
         if grown:
-            self._new_sets(grown)
+            logits = self.engine.logits(self.h_prefix[grown])
+            self.sets.put(grown, candidate_sets(logits, self.top_k, self.top_p))
+            self.index[grown] = 0
+            self.active[grown] = True
         self.h = self.engine.propose(self.pending_ids())
-
-    def _prefill(self) -> list[int]:
-        """Read the next chunk of every waiting prompt; the slots whose prompt is now complete.
-
-        Slots that are equally far in the same prompt share one row of the forward.
-        """
-        if not self._prompts:
-            return []
-        sharing: dict[tuple[int, ...], list[int]] = {}
-        for slot, ids in sorted(self._prompts.items()):
-            sharing.setdefault((int(self.engine.lengths[slot]), *ids), []).append(slot)
-        chunks, owners, followers = [], [], []
-        for (done, *ids), (owner, *others) in sharing.items():
-            chunks.append(ids[done : done + self.prefill_chunk_tokens])
-            owners.append(owner)
-            followers += [(owner, other) for other in others]
-        self.h_prefix[owners] = self.engine.prefill(owners, chunks)
-        if followers:
-            sources, targets = (list(slots) for slots in zip(*followers, strict=True))
-            self.engine.copy(sources, targets)
-            self.h_prefix[targets] = self.h_prefix[sources]
-        lengths = self.engine.lengths.tolist()
-        complete = [slot for slot, ids in self._prompts.items() if lengths[slot] == len(ids)]
-        for slot in complete:
-            del self._prompts[slot]
-        return complete
-
-    def _new_sets(self, slots: list[int]) -> None:
-        sets = candidate_sets(self.engine.logits(self.h_prefix[slots]), self.top_k, self.top_p)
-        width = sets.ids.shape[1]
-        self.ids[slots, :width] = sets.ids.cpu()
-        self.probs[slots, :width] = sets.probs.cpu()
-        self.mass_left[slots, :width] = sets.mass_left.cpu()
-        self.base_logits[slots, :width] = sets.base_logits.cpu()
-        self.counts[slots] = sets.counts.cpu()
-        first = None if self.first_index is None else self.first_index(sets, slots)
-        self.index[slots] = 0 if first is None else first.cpu()
-        self.active[slots] = True

@@ -1,6 +1,7 @@
 """The candidate tokens of a position: the LLM's distribution truncated, sorted and renormalised."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ FORCED_LOGIT = 30.0
 @dataclass(frozen=True, slots=True)
 class CandidateSets:
     """Candidates of R positions, padded to K columns; p_1 ≥ … ≥ p_n, Σ p = 1, padding 0.
+
+    All on the CPU.
 
     Attributes:
         ids: token ids (R, K), int64.
@@ -29,6 +32,36 @@ class CandidateSets:
     mass_left: Tensor
     base_logits: Tensor
 
+    @classmethod
+    def empty(cls, rows: int, width: int) -> "CandidateSets":
+        """Sets of one candidate, token 0, to be overwritten."""
+        zeros = torch.zeros(rows, width)
+        return cls(
+            zeros.long(),
+            zeros.clone(),
+            torch.ones(rows, dtype=torch.long),
+            zeros.clone(),
+            zeros.clone(),
+        )
+
+    def put(self, rows: Sequence[int] | Tensor, sets: "CandidateSets") -> None:
+        """Overwrite these rows with ``sets``, which have at most as many columns."""
+        width = sets.ids.shape[1]
+        self.counts[rows] = sets.counts
+        for name in ("ids", "probs", "mass_left", "base_logits"):
+            getattr(self, name)[rows, :width] = getattr(sets, name)
+        self.probs[rows, width:] = 0.0
+
+    def widened(self, width: int) -> "CandidateSets":
+        """The same sets padded to ``width`` columns."""
+        rows, before = self.ids.shape
+        wide = CandidateSets.empty(rows, max(width, before))
+        wide.put(torch.arange(rows), self)
+        return wide
+
+    def __getitem__(self, rows: Tensor) -> "CandidateSets":
+        return CandidateSets(*(getattr(self, field.name)[rows] for field in fields(self)))
+
 
 def candidate_sets(logits: Tensor, top_k: int, top_p: float) -> CandidateSets:
     """Candidates of next-token ``logits`` (R, V): softmax at temperature 1, top-k, then top-p.
@@ -36,8 +69,9 @@ def candidate_sets(logits: Tensor, top_k: int, top_p: float) -> CandidateSets:
     top-p acts on the mass renormalised after top-k and keeps the token that crosses ``top_p``
     (MARA §3.2). K is min(top_k, V).
     """
-    probs, ids = torch.topk(torch.softmax(logits.float(), -1), min(top_k, logits.shape[-1]), dim=-1)
-    probs = probs / probs.sum(-1, keepdim=True)
+    # Only the k best leave the device; log-softmax is monotone, so they are the k best logits.
+    top, ids = torch.topk(logits, min(top_k, logits.shape[-1]), dim=-1)
+    probs = torch.softmax(top.float().cpu(), -1)
     mass_before = probs.cumsum(-1) - probs
     kept = mass_before < top_p
     kept[:, 0] = True
@@ -48,6 +82,6 @@ def candidate_sets(logits: Tensor, top_k: int, top_p: float) -> CandidateSets:
     after = mass_left[:, 1:].clamp_min(torch.finfo(torch.float32).tiny)
     base_logits = torch.full_like(probs, FORCED_LOGIT)
     base_logits[:, :-1] = probs[:, :-1].clamp_min(1e-38).log() - after.log()
-    index = torch.arange(probs.shape[-1], device=probs.device)
+    index = torch.arange(probs.shape[-1])
     base_logits = torch.where(index >= counts[:, None] - 1, FORCED_LOGIT, base_logits)
-    return CandidateSets(ids, probs, counts, mass_left, base_logits)
+    return CandidateSets(ids.cpu(), probs, counts, mass_left, base_logits)

@@ -25,15 +25,23 @@ def session_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def tiny_llms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Folders of tiny random LLMs by architecture; Mistral's window is shorter than any answer."""
+    """Folders of tiny random LLMs by family; windows are shorter than any prompt."""
     from tiny_llms import save_tiny_llms
 
     return save_tiny_llms(tmp_path_factory.mktemp("tiny-llms"))
 
 
+@pytest.fixture(params=["llama", "mistral", "gemma2", "qwen2", "qwen3"])
+def any_llm(request: pytest.FixtureRequest, tiny_llms: dict[str, Path]):
+    """A tiny LLM of each family in turn, loaded in float32."""
+    from mara_rl.policy_llm import load_policy_llm
+
+    return load_policy_llm(str(tiny_llms[request.param]), device="cpu", dtype="float32")
+
+
 @pytest.fixture(params=["llama", "mistral"])
 def tiny_llm(request: pytest.FixtureRequest, tiny_llms: dict[str, Path]):
-    """Each tiny LLM in turn, loaded in float32."""
+    """Two tiny LLMs in turn, without and with an attention window, loaded in float32."""
     from mara_rl.policy_llm import load_policy_llm
 
     return load_policy_llm(str(tiny_llms[request.param]), device="cpu", dtype="float32")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mara_rl.decoding import DecodedAnswer
+from mara_rl.decoding.answer import DecodedAnswer
 from mara_rl.errors import DataError
 from mara_rl.evaluation.comparison import JudgedAnswers, examples, summary
 from mara_rl.preference import PreferenceRate, result_line
@@ -78,7 +78,7 @@ def compare_heldout(
     tokens = sum(len(a.token_ids) for a in kl_answers)
     if tokens:
         figures["kl_per_token"] = sum(a.kl for a in kl_answers) / tokens
-    figures["candidates_per_token"] = sum(a.candidates for a in aligned) / max(
+    figures["candidates_per_token"] = sum(a.examined for a in aligned) / max(
         1, sum(len(a.token_ids) for a in aligned)
     )
     figures["degenerate_share"] = float(np.mean([is_degenerate(a.text) for a in aligned]))

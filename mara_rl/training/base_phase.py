@@ -9,7 +9,7 @@ import torch
 from envs.protocols import Scorer
 from envs.reward import RewardSpec
 from mara_rl.agent import AcceptNetwork, Agent, AgentSpec
-from mara_rl.decoding import DecodedAnswer
+from mara_rl.decoding.answer import DecodedAnswer
 from mara_rl.errors import DataError
 from mara_rl.training.config import TrainConfig, WarmStartConfig
 from mara_rl.training.display import Display

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mara_rl.agent import Agent
-from mara_rl.decoding import DecodedAnswer
+from mara_rl.decoding.answer import DecodedAnswer
 from mara_rl.evaluation.comparison import JudgedAnswers, rates
 from mara_rl.evaluation.heldout import HeldoutResult, compare_heldout, report, save_heldout
 from mara_rl.score_models.loading import load_score_model
@@ -62,7 +62,6 @@ class HeldoutEvaluation:
             answers = self._runners.answers(
                 self._texts,
                 agent=agent,
-                rule=None if agent else "greedy",
                 progress=self._progress(phase),
             )
             scores = score_in_batches(self._scorer, answers)

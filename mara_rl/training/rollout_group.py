@@ -9,8 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mara_rl.agent import Agent, AgentSpec
-from mara_rl.decoding import DecodedAnswer, Decoder
+from mara_rl.agent import Agent, AgentSpec, Rule
+from mara_rl.decoding.answer import DecodedAnswer
+from mara_rl.decoding.blend import Blend
+from mara_rl.decoding.decoder import Decoder
+from mara_rl.decoding.request import DecodeRequest, DecodeSettings
 from mara_rl.errors import MaraError, RetryableError
 from mara_rl.training.config import TrainConfig
 
@@ -51,7 +54,7 @@ class RolloutGroup:
         *,
         openings: Sequence[str] | None = None,
         agent: Agent | None = None,
-        rule: str | None = None,
+        rule: Rule | None = None,
         keep_states: bool = False,
         seed: int = 0,
         progress: Callable[[int], None] | None = None,
@@ -65,15 +68,17 @@ class RolloutGroup:
         work = functools.partial(
             _decode,
             num_slots=rollouts.num_slots,
-            max_new_tokens=rollouts.max_new_tokens,
-            # An agent decodes with its own k and p.
-            top_k=None if agent else self._config.candidates.top_k,
-            top_p=None if agent else self._config.candidates.top_p,
+            settings=DecodeSettings(
+                max_new_tokens=rollouts.max_new_tokens,
+                rule=rule,
+                # An agent decodes with its own k and p.
+                top_k=None if agent else self._config.candidates.top_k,
+                top_p=None if agent else self._config.candidates.top_p,
+                keep_states=keep_states,
+            ),
             system=self._config.llm.system,
             spec=agent.spec if agent else None,
             weights=agent.state_dict() if agent else None,
-            rule=rule,
-            keep_states=keep_states,
         )
         starts = range(0, len(prompts), rollouts.num_slots)
         chunks = {start: slice(start, start + rollouts.num_slots) for start in starts}
@@ -88,7 +93,7 @@ class RolloutGroup:
                         work,
                         place=start,
                         prompts=list(prompts[chunks[start]]),
-                        openings=openings and list(openings[chunks[start]]),
+                        openings=list((openings or [""] * len(prompts))[chunks[start]]),
                         seed=derived_seed(seed, start),
                     )
                     for start in todo
@@ -177,39 +182,35 @@ def _decode(
     *,
     place: int,
     prompts: list[str],
-    openings: list[str] | None,
+    openings: list[str],
     num_slots: int,
-    max_new_tokens: int,
-    top_k: int | None,
-    top_p: float | None,
+    settings: DecodeSettings,
     system: str | None,
     spec: AgentSpec | None,
     weights: dict[str, Tensor] | None,
-    rule: Any,
-    keep_states: bool,
     seed: int,
 ) -> tuple[int, list[DecodedAnswer] | MaraError, int]:
     """Runs in the actor. An exception would end the actor, so a known one is returned."""
     llm = runner.env.unwrapped.task.llm
-    agent = None
+    blend = None
     if spec is not None and weights is not None:
         agent = Agent(spec)
         agent.load_state_dict(weights)
-        agent.to(llm.device)
+        blend = Blend.of([agent.to(llm.device)])
     try:
-        decoder = Decoder(
-            llm,
-            min(num_slots, len(prompts)),
-            agent=agent,
-            rule=rule,
-            top_k=top_k,
-            top_p=top_p,
-            system=system,
-            keep_states=keep_states,
-        )
-        answers = decoder.answers(
-            prompts, openings=openings, max_new_tokens=max_new_tokens, seed=seed
-        )
+        requests = [
+            DecodeRequest.of(
+                llm,
+                prompt,
+                settings.model_copy(update={"seed": derived_seed(seed, number)}),
+                blend=blend,
+                system=system,
+                opening=opening,
+            )
+            for number, (prompt, opening) in enumerate(zip(prompts, openings, strict=True))
+        ]
+        decoder = Decoder(llm, min(num_slots, len(prompts)))
+        answers = decoder.run(requests)
     except MaraError as error:
         return place, error, 0
     return place, answers, decoder.token_forwards

@@ -22,15 +22,15 @@ def random_tokens(n: int) -> list[int]:
     return torch.randint(3, 90, (n,)).tolist()
 
 
-def test_mixed_lengths_rejections_and_slot_reuse(tiny_llm: PolicyLLM) -> None:
-    engine = SlotEngine(tiny_llm, 3)
+def test_mixed_lengths_rejections_and_slot_reuse(any_llm: PolicyLLM) -> None:
+    engine = SlotEngine(any_llm, 3)
     sequences = [random_tokens(n) for n in (4, 17, 9)]
-    assert_states(tiny_llm, engine.prefill([0, 1, 2], sequences), sequences)
+    assert_states(any_llm, engine.prefill([0, 1, 2], sequences), sequences)
     for _ in range(30):
         pending = torch.randint(3, 90, (3,))
         h = engine.propose(pending)
         looked = [[*s, int(t)] for s, t in zip(sequences, pending, strict=True)]
-        assert_states(tiny_llm, h, looked)
+        assert_states(any_llm, h, looked)
         accepted = torch.rand(3) < 0.5  # the others are rejected and overwritten
         engine.commit(accepted)
         sequences = [
@@ -38,15 +38,15 @@ def test_mixed_lengths_rejections_and_slot_reuse(tiny_llm: PolicyLLM) -> None:
         ]
     engine.clear([1])
     sequences[1] = random_tokens(5)  # shorter than what the slot held
-    assert_states(tiny_llm, engine.prefill([1], [sequences[1]]), [sequences[1]])
+    assert_states(any_llm, engine.prefill([1], [sequences[1]]), [sequences[1]])
     pending = torch.randint(3, 90, (3,))
     h = engine.propose(pending)
     looked = [[*s, int(t)] for s, t in zip(sequences, pending, strict=True)]
-    assert_states(tiny_llm, h, looked)
+    assert_states(any_llm, h, looked)
 
 
-def test_prefill_in_chunks_while_others_run(tiny_llm: PolicyLLM) -> None:
-    engine = SlotEngine(tiny_llm, 2)
+def test_prefill_in_chunks_while_others_run(any_llm: PolicyLLM) -> None:
+    engine = SlotEngine(any_llm, 2)
     running, prompt = random_tokens(6), random_tokens(40)
     engine.prefill([0], [running])
     for start in range(0, 40, 7):
@@ -56,30 +56,30 @@ def test_prefill_in_chunks_while_others_run(tiny_llm: PolicyLLM) -> None:
         running.append(int(pending[0]))
         engine.commit(torch.tensor([True, False]))
         torch.testing.assert_close(
-            proposed[0], plain_state(tiny_llm, running), rtol=1e-4, atol=TOLERANCE
+            proposed[0], plain_state(any_llm, running), rtol=1e-4, atol=TOLERANCE
         )
-    torch.testing.assert_close(h[0], plain_state(tiny_llm, prompt), rtol=1e-4, atol=TOLERANCE)
+    torch.testing.assert_close(h[0], plain_state(any_llm, prompt), rtol=1e-4, atol=TOLERANCE)
 
 
-def test_logits_are_the_llms(tiny_llm: PolicyLLM) -> None:
-    engine = SlotEngine(tiny_llm, 1)
+def test_logits_are_the_llms(any_llm: PolicyLLM) -> None:
+    engine = SlotEngine(any_llm, 1)
     tokens = random_tokens(12)
     logits = engine.logits(engine.prefill([0], [tokens]))
     with torch.inference_mode():
-        expected = tiny_llm.model(torch.tensor([tokens])).logits[:, -1]
+        expected = any_llm.model(torch.tensor([tokens])).logits[:, -1]
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_token_counts(tiny_llm: PolicyLLM) -> None:
-    engine = SlotEngine(tiny_llm, 2)
+def test_token_counts(any_llm: PolicyLLM) -> None:
+    engine = SlotEngine(any_llm, 2)
     engine.prefill([0, 1], [random_tokens(4), random_tokens(9)])
     engine.propose(torch.tensor([5, 6]))
     assert engine.prefill_tokens == 13
     assert engine.candidate_tokens == 2
 
 
-def test_looking_at_several_candidates_and_taking_any(tiny_llm: PolicyLLM) -> None:
-    engine = SlotEngine(tiny_llm, 4)
+def test_looking_at_several_candidates_and_taking_any(any_llm: PolicyLLM) -> None:
+    engine = SlotEngine(any_llm, 4)
     sequences = {slot: random_tokens(n) for slot, n in ((0, 4), (1, 23), (3, 9))}
     engine.prefill(list(sequences), list(sequences.values()))
     widths_seen = set()
@@ -95,7 +95,7 @@ def test_looking_at_several_candidates_and_taking_any(tiny_llm: PolicyLLM) -> No
             states = h.split(counts.tolist())
             for row, more in enumerate(tokens.split(counts.tolist())):
                 base = sequences[int(slots[row])]
-                assert_states(tiny_llm, states[row], [[*base, t] for t in more.tolist()])
+                assert_states(any_llm, states[row], [[*base, t] for t in more.tolist()])
                 candidates[row] += more.tolist()
             looked += counts
         chosen = torch.stack([torch.randint(0, int(n), ()) for n in looked])
@@ -106,4 +106,4 @@ def test_looking_at_several_candidates_and_taking_any(tiny_llm: PolicyLLM) -> No
     pending = torch.randint(3, 90, (4,))
     h = engine.propose(pending)
     for slot, tokens in sequences.items():
-        assert_states(tiny_llm, h[slot : slot + 1], [[*tokens, int(pending[slot])]])
+        assert_states(any_llm, h[slot : slot + 1], [[*tokens, int(pending[slot])]])

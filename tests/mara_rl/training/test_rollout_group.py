@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mara_rl.decoding import DecodedAnswer
+from mara_rl.decoding.answer import DecodedAnswer
 from mara_rl.errors import DataError, RetryableError
 from mara_rl.training.config import load_config
 from mara_rl.training.rollout_group import RolloutGroup

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mara_rl.decode_rules import UNDECIDED, decide
+from mara_rl.decoding.rules import UNDECIDED, decide, reweighted_logits
 
 ROWS, K = 400, 7
 
@@ -39,14 +39,19 @@ def serial_threshold(logits: Tensor, count: int, fallback: str) -> int:
 
 
 def first_decision(rule: str, logits: Tensor, counts: Tensor, **options: object) -> Tensor:
-    """What is decided as candidates come in, one more at each look; and that it then stays."""
+    """What is decided as candidates come in, one more at each look; it must then stay so."""
     decided = torch.full((ROWS,), UNDECIDED)
+    needed = counts.clone()
     for looked in range(1, K + 1):
-        now = decide(
+        now, examined = decide(
             rule, logits[:, :looked], counts.clamp_max(looked), counts, **options
         )
         kept = decided != UNDECIDED
         assert torch.equal(now[kept], decided[kept])
+        known = now != UNDECIDED
+        needed[known & ~kept] = looked
+        if rule != "sample":  # a sample may be certain before its candidate is examined
+            assert torch.equal(examined[known], needed.clamp_max(counts)[known])
         decided = now
     return decided
 
@@ -84,7 +89,24 @@ def test_sampling_inverts_the_tempered_distribution(temperature: float | None) -
 def test_looking_stops_early_where_the_choice_is_known() -> None:
     logits = torch.tensor([[0.1, 3.0, 3.0]])
     one, three = torch.tensor([1]), torch.tensor([3])
-    assert decide("argmax_induced", logits[:, :1], one, three).tolist() == [0]
-    assert decide("argmax_induced", -logits[:, :1], one, three).tolist() == [UNDECIDED]
+    assert decide("argmax_induced", logits[:, :1], one, three).choice.tolist() == [0]
+    assert decide("argmax_induced", -logits[:, :1], one, three).choice.tolist() == [UNDECIDED]
     early = torch.tensor([0.2], dtype=torch.float64)
-    assert decide("sample", logits[:, :1], one, three, uniform=early).tolist() == [0]
+    assert decide("sample", logits[:, :1], one, three, uniform=early).choice.tolist() == [0]
+
+
+def test_reweighted_logits_induce_the_reweighted_distribution() -> None:
+    probs = torch.softmax(torch.randn(ROWS, K), 1)
+    counts = torch.randint(1, K + 1, (ROWS,))
+    probs = torch.where(torch.arange(K) < counts[:, None], probs, 0.0)
+    terms = torch.randn(ROWS, K) * 3
+    logits = reweighted_logits(probs, terms)
+    weights = probs.double() * terms.double().exp()
+    expected = weights / weights.sum(1, keepdim=True)
+    for row, n in enumerate(counts.tolist()):
+        torch.testing.assert_close(
+            torch.tensor(induced(logits[row], n)).double(),
+            expected[row, :n],
+            rtol=1e-3,
+            atol=1e-6,
+        )

@@ -1,0 +1,418 @@
+"""Decoding over the slots of one LLM: answers join and leave, each by the base LLM or aligned."""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mara_rl.candidates import candidate_sets
+from mara_rl.decoding.answer import (
+    CandidateTrace,
+    DecodedAnswer,
+    FinishReason,
+    Growth,
+    TokenTrace,
+)
+from mara_rl.decoding.blend import blended_terms
+from mara_rl.decoding.request import DecodeRequest
+from mara_rl.decoding.rules import (
+    UNDECIDED,
+    bernoulli_kl,
+    decide,
+    induced_probabilities,
+    reweighted_logits,
+    sampled_index,
+)
+from mara_rl.decoding.table import DecodeTable
+from mara_rl.decoding.text_stream import TextStream
+from mara_rl.errors import DataError
+from mara_rl.policy_llm import PolicyLLM
+from mara_rl.prompt_reader import PromptReader
+from mara_rl.slot_engine import SlotEngine
+
+
+class Decoder:
+    """Decodes requests over S slots of one LLM. They may join and leave while others run.
+
+    Each `step` puts candidates of all running answers through the LLM in one forward, only as many
+    as are likely to be needed; the rules of `mara_rl.decoding.rules` say when a choice is certain.
+    An answer depends on its request alone, not on what runs beside it (up to rounding).
+    """
+
+    def __init__(
+        self,
+        llm: PolicyLLM,
+        num_slots: int,
+        *,
+        prefill_chunk_tokens: int = 512,
+        first_look_mass: float = 0.7,
+        free_tokens: int | None = None,
+    ) -> None:
+        """
+        Args:
+            prefill_chunk_tokens: prompt tokens read per slot and step.
+            first_look_mass: an answer first looks at candidates until their base probabilities
+                reach this sum.
+            free_tokens: tokens a forward takes at hardly more than the price of one: at least this
+                many are looked at where there are as many candidates. Default: 64 on a GPU, else 1.
+        """
+        self.llm = llm
+        self.num_slots = num_slots
+        self.engine = SlotEngine(llm, num_slots)
+        self._reader = PromptReader(self.engine, prefill_chunk_tokens)
+        self._first_look_mass = first_look_mass
+        self._free_tokens = free_tokens or (64 if llm.device.type == "cuda" else 1)
+        self._waiting: deque[_Running] = deque()
+        self._running: dict[int, _Running] = {}
+        self._fresh: list[int] = []  # slots that took a token and need new candidates
+        state = {"device": llm.device, "dtype": llm.model.dtype}
+        self._table = DecodeTable(num_slots, llm.hidden_size, state)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing runs or waits."""
+        return not self._running and not self._waiting
+
+    @property
+    def free_slots(self) -> int:
+        """Slots that no request runs in or waits for."""
+        return max(0, self.num_slots - len(self._running) - len(self._waiting))
+
+    @property
+    def token_forwards(self) -> int:
+        """Tokens put through the LLM so far."""
+        return self.engine.prefill_tokens + self.engine.candidate_tokens
+
+    def submit(self, request: DecodeRequest) -> DecodedAnswer:
+        """Queue a request; its answer grows while `step` is called."""
+        running = _Running(request, self.llm)
+        self._waiting.append(running)
+        return running.answer
+
+    def cancel(self, answer: DecodedAnswer) -> None:
+        """Stop decoding an answer; its slot is free for the next `step`. Nothing if it is done."""
+        for running in self._waiting:
+            if running.answer is answer:
+                self._waiting.remove(running)
+                running.end("cancelled")
+                return
+        for slot, running in self._running.items():
+            if running.answer is answer:
+                self._release(slot, "cancelled")
+                return
+
+    def run(
+        self, requests: Sequence[DecodeRequest], progress: Callable[[int], None] | None = None
+    ) -> list[DecodedAnswer]:
+        """Answers to all requests, in order; ``progress`` is told of each one finished.
+
+        Raises DataError when the LLM's hidden states are not finite.
+        """
+        answers = [self.submit(request) for request in requests]
+        while not self.idle:
+            for growth in self.step():
+                if growth.answer.finish_reason == "failed":
+                    raise DataError(
+                        f"llm {self.llm.name!r} in {self.llm.model.dtype}: hidden states are not "
+                        f"finite after prompt {growth.answer.prompt[:40]!r}…"
+                    )
+                if growth.answer.finish_reason and progress is not None:
+                    progress(1)
+        return answers
+
+    @torch.inference_mode()
+    def step(self) -> list[Growth]:
+        """Read prompts, look once for every running answer; what was decided."""
+        growths: list[Growth] = []
+        self._admit()
+        self._choose_unseen(self._open_sets(), growths)
+        unread = set(self._reader.waiting)
+        slots = [slot for slot in self._running if slot not in unread]
+        if slots:
+            self._look(slots, growths)
+            self._decide(growths)
+            self._advance()
+        return growths
+
+    def _admit(self) -> None:
+        """Give waiting requests the free slots."""
+        free = (slot for slot in range(self.num_slots) if slot not in self._running)
+        for slot in free:
+            if not self._waiting:
+                return
+            running = self._waiting.popleft()
+            self._running[slot] = running
+            self._table.anchored[slot] = running.blend is None or running.blend.anchored
+            self._reader.start(slot, running.request.prompt_ids)
+
+    def _open_sets(self) -> list[int]:
+        """Read prompts on; new candidates for slots that took a token or have read their prompt."""
+        table = self._table
+        complete, states = self._reader.read()
+        if complete:
+            blends = [self._running[slot].blend for slot in complete]
+            ones = torch.ones(len(complete), dtype=torch.long)
+            table.begin(complete, states, blended_terms(blends, ones, states))
+        slots, self._fresh = self._fresh + complete, []
+        if not slots:
+            return slots
+        logits = self.engine.logits(table.h_prefix[slots])
+        groups: dict[tuple[int, float], list[int]] = {}
+        for row, slot in enumerate(slots):
+            request = self._running[slot].request
+            groups.setdefault((request.top_k, request.top_p), []).append(row)
+        for (top_k, top_p), rows in groups.items():
+            own = logits if len(rows) == len(slots) else logits[rows]
+            table.open([slots[row] for row in rows], candidate_sets(own, top_k, top_p))
+        for slot in slots:
+            running = self._running[slot]
+            running.choice, running.unseen = UNDECIDED, False
+            table.uniform[slot] = running.draw()
+        kept = [slot for slot in slots if self._running[slot].states is not None]
+        self._keep_states(kept, table.h_prefix[kept])
+        return slots
+
+    def _choose_unseen(self, slots: Sequence[int], growths: list[Growth]) -> None:
+        """Choose where no candidate needs to be looked at: by the base LLM, or from a set of one.
+
+        Where that ends the answer it needs no further forward.
+        """
+        sets = self._table.sets
+        counts, finite = sets.counts.tolist(), sets.probs[:, 0].isfinite().tolist()
+        for slot in slots:
+            running = self._running[slot]
+            if not finite[slot]:
+                growths.append(self._fail(slot))
+            elif running.blend is None or counts[slot] == 1:
+                choice = 0 if counts[slot] == 1 else self._base_choice(slot)
+                growths.append(self._grow(slot, choice, examined=1, kl=0.0))
+                running.unseen = True
+                if running.ended and running.states is None:
+                    self._release(slot, running.ended)
+
+    def _base_choice(self, slot: int) -> int:
+        """What the base LLM takes: the next token of the opening while it can, else by its rule."""
+        table, running = self._table, self._running[slot]
+        wanted = running.next_of_opening()
+        if wanted is not None:
+            count = int(table.sets.counts[slot])
+            ids = table.sets.ids[slot, :count].tolist()
+            if wanted in ids:
+                return ids.index(wanted)
+        if running.request.rule != "sample":
+            return 0
+        temperature = running.request.settings.temperature
+        return int(sampled_index(table.sets.probs[slot], table.uniform[slot], temperature))
+
+    def _look(self, slots: list[int], growths: list[Growth]) -> None:
+        """Put candidates of all slots through the LLM in one forward: one chosen, or some more."""
+        table, at = self._table, torch.tensor(slots)
+        runs = [self._running[slot] for slot in slots]
+        unseen = torch.tensor([running.unseen for running in runs])
+        chosen = torch.tensor([running.choice for running in runs])
+        looked = torch.where(unseen, 0, table.looked[at])
+        counts = torch.where(unseen, 1, self._widths(at, looked))
+        first = torch.where(unseen, chosen, looked)
+        row = torch.arange(len(slots)).repeat_interleave(counts)
+        columns = first[row] + torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
+        h = self.engine.look(at, counts, table.sets.ids[at[row], columns], looked)
+        terms = blended_terms([running.blend for running in runs], counts, h)
+        table.record(at[row], columns, h, terms)
+        table.looked[at] = looked + counts
+        for running, amount in zip(runs, counts.tolist(), strict=True):
+            running.answer.looked += amount
+        if not terms.isfinite().all():
+            for place in row[~terms.isfinite().all(1)].unique().tolist():
+                growths.append(self._fail(slots[place]))
+
+    def _widths(self, at: Tensor, looked: Tensor) -> Tensor:
+        """How many more candidates each slot (R,) looks at now."""
+        table = self._table
+        mass_before = 1.0 - table.sets.mass_left[at]
+        wanted = (mass_before < self._first_look_mass).sum(1)
+        settings = [self._running[slot].request for slot in at.tolist()]
+        sampled = torch.tensor([request.rule == "sample" for request in settings])
+        if sampled.any():
+            likely = (mass_before <= table.uniform[at, None]).sum(1)
+            wanted = torch.where(sampled, likely, wanted)
+        exact = torch.tensor([request.settings.exact for request in settings])
+        left = table.sets.counts[at] - looked
+        wanted = torch.where(looked > 0, looked, wanted).clamp_min(self._free_tokens // len(at))
+        return torch.where(exact, left, torch.minimum(wanted.clamp_min(1), left))
+
+    def _decide(self, growths: list[Growth]) -> None:
+        """Apply each undecided slot's rule to what it has seen."""
+        unread = set(self._reader.waiting)
+        groups: dict[tuple[str, str], list[int]] = {}
+        for slot, running in self._running.items():
+            if running.choice == UNDECIDED and slot not in unread:
+                request = running.request
+                groups.setdefault((request.rule, request.fallback), []).append(slot)
+        table = self._table
+        for (rule, fallback), slots in groups.items():
+            at = torch.tensor(slots)
+            requests = [self._running[slot].request for slot in slots]
+            counts, looked = table.sets.counts[at], table.looked[at]
+            logits = table.accept_logits(at)
+            exact = torch.tensor([request.settings.exact for request in requests])
+            if exact.any():
+                whole = reweighted_logits(table.sets.probs[at], table.terms[at, :, 0])
+                logits = torch.where(exact[:, None], whole, logits)
+            temperature = [request.settings.temperature for request in requests]
+            choice, examined = decide(
+                rule,  # type: ignore[arg-type]
+                logits,
+                looked,
+                counts,
+                fallback=fallback,  # type: ignore[arg-type]
+                uniform=table.uniform[at],
+                temperature=None if set(temperature) == {1.0} else torch.tensor(temperature),
+            )
+            index = torch.arange(logits.shape[1])
+            decisions = index < torch.minimum(examined, counts - 1)[:, None]
+            kl = torch.where(decisions, bernoulli_kl(logits, table.sets.base_logits[at]), 0.0)
+            found = zip(slots, choice.tolist(), examined.tolist(), kl.sum(1).tolist(), strict=True)
+            for place, (slot, taken, needed, nats) in enumerate(found):
+                if taken == UNDECIDED:
+                    continue
+                if self._running[slot].answer.trace is not None:
+                    self._running[slot].seen = logits[place]
+                growths.append(self._grow(slot, taken, examined=needed, kl=nats))
+
+    def _advance(self) -> None:
+        """Make the choices part of the sequences; end the answers that are complete."""
+        table = self._table
+        chosen = [s for s, running in self._running.items() if running.choice != UNDECIDED]
+        kept = [slot for slot in chosen if self._running[slot].ended]
+        for slot in kept:
+            state = table.h[slot, self._running[slot].choice]
+            if self._running[slot].states is not None:
+                self._keep_states([slot], state[None])
+            self._release(slot, self._running[slot].ended)
+        grown = [slot for slot in chosen if slot in self._running]
+        if not grown:
+            return
+        runs = [self._running[slot] for slot in grown]
+        choice = torch.tensor([running.choice for running in runs])
+        places = torch.tensor([0 if running.unseen else running.choice for running in runs])
+        self.engine.take(torch.tensor(grown), places)
+        table.take(torch.tensor(grown), choice)
+        self._fresh += grown
+
+    def _grow(self, slot: int, choice: int, *, examined: int, kl: float) -> Growth:
+        """Take a candidate as the next token of a slot's answer."""
+        running, table = self._running[slot], self._table
+        answer = running.answer
+        answer.examined += examined
+        answer.kl += kl
+        if answer.trace is not None:
+            answer.trace.append(self._trace(slot, choice))
+        running.choice = choice
+        token_id = int(table.sets.ids[slot, choice])
+        return Growth(answer, token_id, running.grow(token_id))
+
+    def _trace(self, slot: int, choice: int) -> TokenTrace:
+        table, running = self._table, self._running[slot]
+        count, looked = int(table.sets.counts[slot]), int(table.looked[slot])
+        ids = table.sets.ids[slot, :count].tolist()
+        probs = table.sets.probs[slot, :count].tolist()
+        accept: list[float | None] = [None] * count
+        induced: list[float | None] = [None] * count
+        if running.seen is not None:
+            logits = running.seen[None, :count]
+            index = torch.arange(count)
+            last = (index == count - 1)[None]
+            pi, _ = induced_probabilities(logits, (index < looked)[None], last)
+            accept[:looked] = torch.sigmoid(logits[0, :looked]).tolist()
+            if looked == count:
+                accept[-1] = 1.0
+            induced[:looked] = pi[0, :looked].tolist()
+            running.seen = None
+        rows = zip(ids, probs, accept, induced, strict=True)
+        return TokenTrace([CandidateTrace(*row) for row in rows], choice)
+
+    def _keep_states(self, slots: Sequence[int], states: Tensor) -> None:
+        """Record states (R, H) of these slots, float16; bfloat16 reaches further and is clipped."""
+        limit = torch.finfo(torch.float16).max
+        for slot, state in zip(
+            slots, states.float().clamp(-limit, limit).half().cpu(), strict=True
+        ):
+            kept = self._running[slot].states
+            assert kept is not None
+            kept.append(state)
+
+    def _fail(self, slot: int) -> Growth:
+        """End an answer whose hidden states are not finite."""
+        answer = self._running[slot].answer
+        self._release(slot, "failed")
+        self.engine.scrub([slot])
+        return Growth(answer, None, "")
+
+    def _release(self, slot: int, reason: FinishReason) -> None:
+        running = self._running.pop(slot)
+        self._reader.drop([slot])
+        self.engine.clear([slot])
+        if slot in self._fresh:
+            self._fresh.remove(slot)
+        running.end(reason)
+
+
+class _Running:
+    """A request that has, or waits for, a slot.
+
+    Attributes:
+        choice: the candidate taken of the open set, or `UNDECIDED`.
+        unseen: whether it was taken without a look.
+        ended: why the answer is complete; "" while it is not.
+        states: hidden states to keep, or None.
+        seen: accept log-odds (K,) of the open set, for the trace.
+    """
+
+    def __init__(self, request: DecodeRequest, llm: PolicyLLM) -> None:
+        settings = request.settings
+        self.request = request
+        self.blend = request.blend
+        self.answer = DecodedAnswer(request.prompt, trace=[] if settings.trace else None)
+        self.choice = UNDECIDED
+        self.unseen = False
+        self.ended: FinishReason = ""
+        self.states: list[Tensor] | None = [] if settings.keep_states else None
+        self.seen: Tensor | None = None
+        self._llm = llm
+        self._rng = np.random.default_rng(settings.seed)
+        self._stream = TextStream(llm, settings.stop) if settings.stream or settings.stop else None
+
+    def draw(self) -> float:
+        """The number that the next token is drawn with."""
+        return float(self._rng.random()) if self.request.rule == "sample" else 0.0
+
+    def next_of_opening(self) -> int | None:
+        """None where there is no opening, it is over, or the answer has left it."""
+        opening, begun = self.request.opening_ids, self.answer.token_ids
+        on_it = len(begun) < len(opening) and list(opening[: len(begun)]) == begun
+        return opening[len(begun)] if on_it else None
+
+    def grow(self, token_id: int) -> str:
+        """Append a token; the text that is certain now."""
+        ids = self.answer.token_ids
+        ids.append(token_id)
+        piece = self._stream.push(token_id) if self._stream else ""
+        if token_id in self._llm.eos_ids or (self._stream and self._stream.stopped):
+            self.ended = "stop"
+        elif len(ids) >= self.request.settings.max_new_tokens:
+            self.ended = "length"
+        if self.ended and self._stream:
+            piece += self._stream.finish()
+            if self._stream.stopped:
+                self.ended = "stop"
+        return piece
+
+    def end(self, reason: FinishReason) -> None:
+        """Complete the answer."""
+        answer = self.answer
+        answer.finish_reason = reason
+        answer.text = self._stream.text if self._stream else self._llm.text(answer.token_ids)
+        if self.states:
+            answer.states = torch.stack(self.states)
