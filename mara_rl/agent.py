@@ -6,6 +6,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
+from mara_rl.errors import DataError
+
 Head = Literal["paper", "anchored", "relative"]
 Rule = Literal["argmax_induced", "threshold", "sample"]
 Fallback = Literal["last", "first"]
@@ -28,6 +30,23 @@ class AgentSpec(BaseModel):
     def needs_prefix(self) -> bool:
         """Whether the head also reads the hidden state of the last accepted token."""
         return self.head == "relative"
+
+    def check_llm(self, name: str, hidden_size: int, *, allow_other_llm: bool = False) -> None:
+        """Raise DataError unless the agent can (and, by its name, should) be used with an LLM.
+
+        Hub ids and folders are compared by their last part, letter case aside. An agent that does
+        not say which LLM it was trained on, as published ones, is let pass.
+        """
+        if self.hidden_size != hidden_size:
+            raise DataError(
+                f"agent: hidden size {self.hidden_size}; LLM {name!r} has hidden size {hidden_size}"
+            )
+        own, other = (text.rstrip("/").rpartition("/")[2].lower() for text in (self.llm, name))
+        if own and own != other and not allow_other_llm:
+            raise DataError(
+                f"agent: trained on LLM {self.llm!r}, used with {name!r}; "
+                "expected the same LLM (--allow-other-llm, allow_other_llm=True: use it anyway)"
+            )
 
 
 class AcceptNetwork(nn.Module):

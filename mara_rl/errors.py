@@ -1,5 +1,10 @@
 """The errors a user can meet. Each message is one line: the field, its value, what was expected."""
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
+
 
 class MaraError(Exception):
     """Anything that ends a command with exit status 1 and a one-line reason."""
@@ -15,3 +20,22 @@ class DataError(MaraError):
 
 class RetryableError(MaraError):
     """A service was away or too slow; the same call may succeed later."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, cut to one line; its type where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def first_problem(error: "ValidationError", prefix: str = "") -> str:
+    """The first thing pydantic found wrong, on one line; ``prefix`` goes before its path."""
+    first = error.errors()[0]
+    key = ".".join([*filter(None, [prefix]), *(str(part) for part in first["loc"])])
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        return f"unknown key {key!r}"
+    if not key:
+        return message
+    if first["type"] == "missing":
+        return f"{key}: missing"
+    return f"{key}: {message[0].lower()}{message[1:]}, not {first['input']!r}"

@@ -6,13 +6,14 @@ import importlib.util
 import logging
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jinja2 import TemplateError
 
-from mara_rl.errors import ConfigError, DataError
+from mara_rl.errors import ConfigError, DataError, first_line
 from mara_rl.home import mara_home
 
 SMOLLM2 = "smollm2-135m-instruct"
@@ -50,14 +51,28 @@ class PolicyLLM:
         """Token ids of one user turn, exactly as the LLM's chat template renders them.
 
         No special token is added beyond the template's. ``system`` replaces the template's own
-        default system prompt; None keeps that default.
+        default system prompt; None keeps that default. Raises ConfigError for a ``system`` prompt
+        where the template has no such role (Gemma-2).
         """
         messages = [{"role": "user", "content": prompt}]
         if system is not None:
             messages.insert(0, {"role": "system", "content": system})
-        return self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=False
-        )
+        return self.chat_ids(messages)
+
+    def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Token ids of a conversation (``role`` and ``content`` each) that awaits an answer.
+
+        Raises ConfigError with the template's own words where it refuses the roles or their order.
+        """
+        try:
+            return self.tokenizer.apply_chat_template(
+                list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
+            )
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise ConfigError(
+                f"llm {self.name!r}: its chat template refuses messages of roles {roles}: {error}"
+            ) from error
 
     def text(self, ids: Sequence[int]) -> str:
         """The text of response token ids, special tokens left out."""
@@ -67,22 +82,23 @@ class PolicyLLM:
 def load_policy_llm(
     name: str, *, device: str | torch.device | None = None, dtype: DType | None = None
 ) -> PolicyLLM:
-    """Load an LLM by shipped name (`SMOLLM2`), hub id or folder.
+    """Load an LLM by shipped name (`SMOLLM2`), hub id, folder or ``.gguf`` file.
 
     ``device`` defaults to the first CUDA device, else the CPU; ``dtype`` to bfloat16 on CUDA, else
-    float32. Raises ConfigError naming what was looked for when it is not there, DataError when a
-    checkpoint is not a causal LLM with a chat template.
+    float32 (a GGUF file's quantised weights are expanded to it). Raises ConfigError naming what was
+    looked for when it is not there or not supported, DataError when a checkpoint is not a causal
+    LLM with a chat template.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     torch_dtype = DTYPES[dtype or ("bfloat16" if device.type == "cuda" else "float32")]
-    path = str(smollm2_folder()) if name == SMOLLM2 else name
     with _quiet_loading():
         try:
-            tokenizer = AutoTokenizer.from_pretrained(path)
-            model = AutoModelForCausalLM.from_pretrained(path, dtype=torch_dtype)
-        except (OSError, ValueError) as error:
+            source = _source(name)
+            tokenizer = AutoTokenizer.from_pretrained(**source)
+            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch_dtype)
+        except (OSError, ValueError, RuntimeError) as error:
             raise _not_loadable(name, error) from error
     if tokenizer.chat_template is None:
         raise DataError(f"llm {name!r} has no chat template; expected an instruction-tuned LLM")
@@ -95,17 +111,29 @@ def llm_hidden_size(name: str) -> int:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(str(smollm2_folder()) if name == SMOLLM2 else name)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(**_source(name))
+    except (OSError, ValueError, RuntimeError) as error:
         raise _not_loadable(name, error) from error
     return config.get_text_config().hidden_size
 
 
+def _source(name: str) -> dict[str, str]:
+    """Arguments of ``from_pretrained`` for a shipped name, hub id, folder or ``.gguf`` file."""
+    if name == SMOLLM2:
+        return {"pretrained_model_name_or_path": str(smollm2_folder())}
+    if name.endswith(".gguf"):
+        path = Path(name)
+        if not path.is_file():
+            raise OSError(f"no such file {name}")
+        return {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
+    return {"pretrained_model_name_or_path": name}
+
+
 def _not_loadable(name: str, error: Exception) -> ConfigError:
-    reason = str(error).strip().splitlines()[0]
+    reason = first_line(error)
     return ConfigError(
-        f"llm {name!r} could not be loaded (expected a shipped name, a model folder or a "
-        f"hub id): {reason}"
+        f"llm {name!r} could not be loaded (expected a shipped name, a model folder, a "
+        f".gguf file or a hub id): {reason}"
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mara_rl.errors import DataError
+from mara_rl.errors import DataError, first_line
 
 _log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         table = parquet.read_table(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a parquet file ({str(error).splitlines()[0]})") from error
+        raise DataError(f"{path}: not a parquet file ({first_line(error)})") from error
     yield from ((f"row {number}", row) for number, row in enumerate(table.to_pylist(), start=1))
 
 

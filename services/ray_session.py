@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mara_rl.environment import environment_variables
-from mara_rl.errors import ConfigError
+from mara_rl.errors import ConfigError, first_line
 
 Bundle = Mapping[str, float]
 """Resources of one actor that must come from a single node, e.g. ``{"CPU": 1, "GPU": 0.5}``."""
@@ -171,7 +171,7 @@ def _join(address: str) -> None:
             socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
     except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(f"RAY_ADDRESS {address!r}: no Ray cluster there: {reason}") from error
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mara_rl.agent import AgentSpec
     from mara_rl.tracking.registry import AgentRegistry, AgentVersion
 
-app = typer.Typer(no_args_is_help=True, help="List, show, export and promote agents.")
+app = typer.Typer(no_args_is_help=True, help="List, show, import, export and promote agents.")
 
 _Ref = Annotated[
     str,
@@ -44,7 +44,7 @@ def show(
     single_node: _SingleNode = False,
 ) -> None:
     """Show the versions of a registered agent, or one agent with its settings."""
-    from mara_rl.agent_files import load_local_agent
+    from mara_rl.agent_refs import fetch_agent
     from mara_rl.tracking.registry import is_registry_ref
 
     if is_registry_ref(name):
@@ -54,7 +54,7 @@ def show(
             rows += _version_rows(registry.find(name))
         _print_table(("", ""), rows)
     elif Path(name).exists():
-        _print_table(("", ""), _spec_rows(load_local_agent(Path(name)).spec))
+        _print_table(("", ""), _spec_rows(fetch_agent(name).spec))
     else:
         versions = _registry(single_node).show(name)
         _print_table(
@@ -78,19 +78,73 @@ def export(
     out: Annotated[Path, typer.Option(help="New folder for the agent.")],
     single_node: _SingleNode = False,
 ) -> None:
-    """Write an agent to a folder of its own: agent.safetensors and agent.json."""
-    from mara_rl.agent_files import load_local_agent, read_agent_spec, save_agent
+    """Write an agent to a folder of its own: agent.safetensors, agent.json and a card.
+
+    One with the published agents' head and rule also as a .pth file that their code reads.
+    """
+    from mara_rl.agent_files import read_agent_spec, save_agent
+    from mara_rl.agent_refs import fetch_agent
+    from mara_rl.published_actors import is_published_kind, save_published_actor
     from mara_rl.tracking.registry import is_registry_ref
 
     source, metadata = Path(ref), {}
     with contextlib.ExitStack() as stack:
         if is_registry_ref(ref):
             source = stack.enter_context(_registry(single_node).fetched(ref))
-        agent = load_local_agent(source)
+        agent = fetch_agent(str(source))
         if source.is_dir():
             metadata = read_agent_spec(source)[1]
     save_agent(agent, out, metadata=metadata | {"exported_from": ref})
+    if is_published_kind(agent.spec):
+        save_published_actor(agent, out / f"{out.name.removesuffix('_actor')}_actor.pth")
     print(f"wrote {ref} to {out}")
+
+
+@app.command("import")
+def import_agent(
+    ref: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="A folder, a .pth file, or owner/repository[/file.pth] of a hub."
+        ),
+    ],
+    llm: Annotated[
+        str | None, typer.Option(help="The LLM it was trained on, where it does not say so itself.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The registered name; mara-<llm> unless given.")
+    ] = None,
+    single_node: _SingleNode = False,
+) -> None:
+    """Register an agent from elsewhere as a new candidate."""
+    import tempfile
+
+    from mara_rl.agent import Agent
+    from mara_rl.agent_files import save_agent
+    from mara_rl.agent_refs import fetch_agent
+    from mara_rl.policy_llm import llm_hidden_size
+    from mara_rl.tracking.registry import model_name_for
+    from mara_rl.tracking.run import TrackingRun
+
+    agent = fetch_agent(ref)
+    spec = agent.spec
+    if llm is None and not spec.llm:
+        raise typer.BadParameter(f"{ref} does not say which LLM it belongs to: give --llm")
+    if llm is not None:
+        spec.check_llm(llm, llm_hidden_size(llm))
+        spec = spec.model_copy(update={"llm": llm})
+    named = Agent(spec)
+    named.network.load_state_dict(agent.network.state_dict())
+    registry = _registry(single_node)
+    name = name or model_name_for(spec.llm)
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        TrackingRun.start(registry.uri, "imported agents", name, {"source": ref}) as run,
+    ):
+        save_agent(named, Path(scratch) / "agent", metadata={"imported_from": ref})
+        uri = run.log_agent(Path(scratch) / "agent")
+        version = registry.register(name, uri, {"llm": spec.llm, "source": ref})
+    print(f"registered models:/{name}@candidate (version {version})")
 
 
 @app.command()

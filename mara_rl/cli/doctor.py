@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mara_rl.errors import ConfigError, MaraError
+from mara_rl.errors import ConfigError, MaraError, first_line
 
 if TYPE_CHECKING:
     from mara_rl.training.config import TrainConfig
@@ -84,7 +84,7 @@ def _look(name: str, look: Callable[..., str], *arguments: Any) -> Finding:
     try:
         return Finding(name, look(*arguments))
     except (MaraError, ImportError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         return Finding(name, reason, ok=False)
 
 
@@ -191,7 +191,7 @@ def _hub_model(name: str, shipped: str) -> str:
             return f"{name}: in the cache"
         HfApi().model_info(name, timeout=_HUB_TIMEOUT_S)
     except (HFValidationError, httpx2.HTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(
             f"neither {shipped}, nor a folder, nor in the cache, nor on the hub: {reason}"
         ) from error

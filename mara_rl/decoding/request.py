@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from mara_rl.agent import Fallback, Rule
 from mara_rl.decoding.blend import Blend
-from mara_rl.errors import ConfigError, DataError
+from mara_rl.errors import ConfigError, DataError, first_problem
 from mara_rl.policy_llm import PolicyLLM
 
 BASE_TOP_K = 40
@@ -33,6 +34,14 @@ class DecodeSettings(BaseModel):
     stream: bool = Field(False, description="give text with every token, not only at the end")
     trace: bool = Field(False, description="record what was looked at for every token")
     keep_states: bool = Field(False, description="keep the hidden states along the answer")
+
+    @classmethod
+    def parse(cls, **values: Any) -> "DecodeSettings":
+        """Settings from what a user gave. Raises ConfigError naming the first bad one."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(first_problem(error)) from error
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -111,11 +120,7 @@ class DecodeRequest:
                 opening_ids=llm.tokenizer(opening, add_special_tokens=False)["input_ids"],
             )
         spec = blend.agents[0].spec
-        if spec.hidden_size != llm.hidden_size:
-            raise DataError(
-                f"agent: hidden size {spec.hidden_size}; "
-                f"LLM {llm.name!r} has hidden size {llm.hidden_size}"
-            )
+        spec.check_llm(llm.name, llm.hidden_size, allow_other_llm=True)
         for name in ("top_k", "top_p"):
             asked, own = getattr(settings, name), getattr(spec, name)
             if asked not in (None, own) and not allow_other_candidates:

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from mara_rl.errors import ConfigError, DataError
+from mara_rl.errors import ConfigError, DataError, first_line, first_problem
 from mara_rl.policy_llm import SMOLLM2, DType, load_policy_llm
 from mara_rl.score_models.base import ScoreType, in_batches, last_token
 from mara_rl.score_models.checkpoint import fill, read_json, read_state_dict
@@ -143,9 +143,7 @@ def load_slice(name: str, folder: Path, device: torch.device, dtype: DType) -> S
     try:
         spec = SliceSpec.model_validate(raw)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"])
-        raise DataError(f"{folder / CONFIG_FILE}: {field}: {first['msg']}") from error
+        raise DataError(f"{folder / CONFIG_FILE}: {first_problem(error)}") from error
     layers = open_slice(spec, device, dtype)
     if spec.adapter == "lora":
         layers.model = _with_adapter(layers.model, folder / ADAPTER_FOLDER)
@@ -180,7 +178,7 @@ def _with_adapter(model: nn.Module, folder: Path) -> nn.Module:
     try:
         return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise DataError(f"{folder} could not be read as a LoRA adapter: {reason}") from error
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from mara_rl.errors import ConfigError
+from mara_rl.errors import ConfigError, first_line
 from mara_rl.policy_llm import DTYPES, DType
 from mara_rl.score_models.base import ScoreModel
 from mara_rl.score_models.beaver import ARCHITECTURES, load_beaver
@@ -70,7 +70,7 @@ def _from_hub(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=_HUB_FILES))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(
             f"score model {name!r} is neither a shipped name ({', '.join(shipped_names())}), nor a "
             f"folder, nor a hub id that could be fetched: {reason}"

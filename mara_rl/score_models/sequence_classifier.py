@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from mara_rl.errors import DataError
+from mara_rl.errors import DataError, first_line
 from mara_rl.score_models.base import ScoreType, in_batches
 
 
@@ -58,7 +58,7 @@ def load_sequence_classifier(
             folder, dtype=dtype, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise DataError(f"score model {name!r} could not be loaded: {reason}") from error
     if report["missing_keys"]:
         raise DataError(f"score model {name!r} lacks the weight {min(report['missing_keys'])!r}")

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mara_rl.errors import DataError
+from mara_rl.errors import DataError, first_problem
 from mara_rl.preference import PreferenceRate, sign_test
 
 MIN_PROMPTS = 30
@@ -73,9 +73,7 @@ class PromotionEvidence(BaseModel):
         try:
             return cls.model_validate(values)
         except ValidationError as error:
-            first = error.errors()[0]
-            key = _PREFIX + ".".join(str(part) for part in first["loc"])
-            raise DataError(f"tag {key!r}: {first['msg']}") from error
+            raise DataError(f"tag {first_problem(error, _PREFIX.rstrip('.'))}") from error
 
     def tags(self) -> dict[str, str]:
         """Registry tags that hold this evidence; an empty value for a figure that is missing."""

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mara_rl.agent import Agent
-from mara_rl.agent_files import SPEC_FILE, WEIGHTS_FILE, load_agent, load_local_agent
+from mara_rl.agent_files import SPEC_FILE, WEIGHTS_FILE, load_agent
+from mara_rl.agent_refs import fetch_agent
 from mara_rl.errors import ConfigError, DataError
 from mara_rl.tracking.promotion import PromotionEvidence, refusal
 from mara_rl.tracking.store import mlflow_calls, mlflow_client, slug, tracking_uri
@@ -93,12 +94,12 @@ class AgentRegistry:
     def resolve(self, ref: str) -> Agent:
         """The agent ``ref`` names, on the CPU.
 
-        ``models:/name@alias``, ``models:/name/version``, ``runs:/<id>/<path>``, a local folder or
-        a published ``.pth``. Only ``agent.safetensors`` and ``agent.json`` are fetched; code that
+        ``models:/name@alias``, ``models:/name/version``, ``runs:/<id>/<path>``, or what
+        `fetch_agent` takes. Only ``agent.safetensors`` and ``agent.json`` are fetched; code that
         lies in the registry is not run.
         """
         if not is_registry_ref(ref):
-            return load_local_agent(Path(ref))
+            return fetch_agent(ref)
         with self.fetched(ref) as folder:
             return load_agent(folder)
 
@@ -281,7 +282,7 @@ def resolve_agent(ref: str, *, allow_local: bool) -> Agent:
     """
     if is_registry_ref(ref):
         return AgentRegistry(tracking_uri(allow_local=allow_local)).resolve(ref)
-    return load_local_agent(Path(ref))
+    return fetch_agent(ref)
 
 
 def _registered(model: "RegisteredModel") -> RegisteredAgent:

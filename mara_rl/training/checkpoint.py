@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from mara_rl.errors import DataError
+from mara_rl.errors import DataError, first_line
 from mara_rl.training.run_folder import remove_folder
 from services.prompt_queue import QueuePosition
 
@@ -75,7 +75,7 @@ def load_newest_checkpoint(folder: Path) -> tuple[TrainState, dict[str, Any]] | 
                 raise ValueError(f"{LEARNER_FILE} does not match its checksum")
             learner = torch.load(path / LEARNER_FILE, map_location="cpu", weights_only=True)
         except (OSError, ValueError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
+            reason = first_line(error)
             logger.warning("checkpoint %s is skipped: %s", path, reason)
             continue
         for torn in found[found.index(path) + 1 :]:  # else they would count among the newest

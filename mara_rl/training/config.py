@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from envs.observation import StateDType
 from mara_rl.agent import AgentSpec, Fallback, Head, Rule
-from mara_rl.errors import ConfigError
+from mara_rl.errors import ConfigError, first_problem
 from mara_rl.policy_llm import DType
 from services.score_service import ScoreServiceConfig
 
@@ -238,7 +238,7 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> TrainConfig
     try:
         return TrainConfig.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(f"config {name_or_path!r}: {_first_error(error)}") from error
+        raise ConfigError(f"config {name_or_path!r}: {first_problem(error)}") from error
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -257,19 +257,6 @@ def _override(values: dict[str, Any], override: str) -> None:
         section[last] = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override!r}: value is not YAML: {_one_line(error)}") from error
-
-
-def _first_error(error: ValidationError) -> str:
-    first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
-    message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        return f"unknown key {key!r}"
-    if not key:
-        return message
-    if first["type"] == "missing":
-        return f"{key}: missing"
-    return f"{key}: {message[0].lower()}{message[1:]}, not {first['input']!r}"
 
 
 def _one_line(error: Exception) -> str:

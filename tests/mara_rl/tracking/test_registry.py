@@ -88,7 +88,7 @@ def test_code_that_lies_in_the_registry_is_not_run(sqlite_uri, name, make_agent,
         ("runs:/nothere/agent", "nothere"),
         ("runs:/{run}", "expected runs:/<run id>/<path>"),
         ("runs:/{run}/other", "expected an agent"),
-        ("no/such/folder", "no such file or folder"),
+        ("/no/such/folder", "no such file or folder"),
     ],
 )
 def test_references_to_nothing_are_named(sqlite_uri, name, make_agent, ref, message):

@@ -1,0 +1,193 @@
+"""Aligned decoding against `transformers.generate`, and against one candidate after the other.
+
+Run with `make bench-decode`. The rates of a line are taken in turn in one process, on the same LLM,
+dtype, threads and prompts; quote the ratios, the absolute figures depend on the machine.
+
+- generate: greedy `generate` of transformers, left-padded where prompts are several.
+- aligned: `Decoder` with the agent's own rule.
+- serial: one candidate a forward (`CandidateWalk`), with an actor seeded so that it examines as
+  many candidates per decision as published (5.4).
+"""
+
+import argparse
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+
+from mara_rl.agent import Agent, AgentSpec
+from mara_rl.agent_files import load_agent
+from mara_rl.candidate_walk import ACCEPT, CandidateWalk
+from mara_rl.decoding.blend import Blend
+from mara_rl.decoding.decoder import Decoder
+from mara_rl.decoding.request import DecodeRequest, DecodeSettings
+from mara_rl.policy_llm import SMOLLM2, PolicyLLM, load_policy_llm
+from mara_rl.prompts import packaged_prompts
+from mara_rl.slot_engine import SlotEngine
+
+EXAMINED = 5.4
+
+
+def generate(llm: PolicyLLM, prompts: list[str], tokens: int) -> tuple[int, float]:
+    """Tokens that greedy `generate` gives, and its seconds."""
+    ids = [llm.prompt_ids(prompt) for prompt in prompts]
+    width = max(map(len, ids))
+    pad = llm.tokenizer.pad_token_id or 0
+    padded = torch.tensor([[pad] * (width - len(row)) + row for row in ids])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids])
+    started_s = time.perf_counter()
+    out = llm.model.generate(
+        padded.to(llm.device),
+        attention_mask=mask.to(llm.device),
+        max_new_tokens=tokens,
+        do_sample=False,
+        eos_token_id=sorted(llm.eos_ids),
+        pad_token_id=pad,
+    )
+    count = 0
+    for row in out[:, width:].tolist():
+        ends = [place for place, token in enumerate(row) if token in llm.eos_ids]
+        count += ends[0] + 1 if ends else len(row)
+    return count, time.perf_counter() - started_s
+
+
+def aligned(
+    llm: PolicyLLM, decoder: Decoder, blend: Blend, prompts: list[str], settings: DecodeSettings
+) -> tuple[int, float, int]:
+    """Tokens of aligned answers, seconds, and candidates that a serial rule would examine."""
+    started_s = time.perf_counter()
+    answers = decoder.run(
+        [
+            DecodeRequest.of(llm, p, settings, blend=blend, allow_other_candidates=True)
+            for p in prompts
+        ]
+    )
+    seconds = time.perf_counter() - started_s
+    return sum(len(a.token_ids) for a in answers), seconds, sum(a.examined for a in answers)
+
+
+def serial(
+    llm: PolicyLLM, agent: Agent, prompts: list[str], tokens: int
+) -> tuple[int, float, list[list[int]], int]:
+    """Tokens by rule `threshold`, one candidate a forward; seconds, the tokens, the forwards."""
+    started_s = time.perf_counter()
+    engine = SlotEngine(llm, len(prompts))
+    walk = CandidateWalk(engine, top_k=agent.spec.top_k, top_p=agent.spec.top_p)
+    for slot, prompt in enumerate(prompts):
+        walk.start(slot, llm.prompt_ids(prompt))
+    moves = torch.zeros(len(prompts), dtype=torch.long)
+    walk.step(moves)
+    while walk.active.any():
+        base = walk.sets.base_logits.gather(1, walk.index[:, None])[:, 0]
+        with torch.inference_mode():
+            logit = agent.accept_logit(walk.h, base.to(walk.h.device), walk.h_prefix).cpu()
+        accept = (logit > 0) | walk.forced
+        pending = walk.pending_ids().tolist()
+        done = [
+            slot
+            for slot, (over, token) in enumerate(zip(accept.tolist(), pending, strict=True))
+            if walk.active[slot]
+            and over
+            and (token in llm.eos_ids or len(walk.tokens[slot]) == tokens - 1)
+        ]
+        for slot in done:
+            walk.tokens[slot].append(pending[slot])
+        walk.stop(done)
+        if walk.active.any():
+            walk.step(torch.where(accept, ACCEPT, walk.index + 1))
+    seconds = time.perf_counter() - started_s
+    return sum(map(len, walk.tokens)), seconds, walk.tokens, engine.forwards
+
+
+def seeded_actor(llm: PolicyLLM, prompts: list[str], settings: DecodeSettings) -> Agent:
+    """A random actor of the published shape, its bias set so that it examines `EXAMINED`."""
+    torch.manual_seed(0)
+    agent = Agent(AgentSpec(hidden_size=llm.hidden_size, head="paper", rule="threshold"))
+    for weight in agent.network.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    agent.eval().to(llm.device)
+    blend, low, high = Blend.of([agent]), -30.0, 30.0
+    for _ in range(12):
+        middle = (low + high) / 2
+        agent.network.output_linear.bias.data = torch.tensor([-middle, middle], device=llm.device)
+        decoder = Decoder(llm, len(prompts))
+        requests = [DecodeRequest.of(llm, p, settings, blend=blend) for p in prompts]
+        answers = decoder.run(requests)
+        examined = sum(a.examined for a in answers) / sum(len(a.token_ids) for a in answers)
+        if abs(examined - EXAMINED) < 0.15:
+            break
+        low, high = (middle, high) if examined > EXAMINED else (low, middle)
+    return agent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--agent", type=Path, required=True, help="folder of a trained agent")
+    parser.add_argument("--llm", default=SMOLLM2)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 16])
+    parser.add_argument("--top-k", type=int, default=40)
+    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--skip-serial", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    llm = load_policy_llm(arguments.llm, dtype=arguments.dtype)
+    agent = load_agent(arguments.agent).to(llm.device)
+    prompts = [p.prompt for p in packaged_prompts("heldout")[: arguments.prompts]]
+    settings = DecodeSettings(
+        max_new_tokens=arguments.tokens, top_k=arguments.top_k, top_p=arguments.top_p
+    )
+    print(
+        f"{llm.name} in {arguments.dtype} on {llm.device}, {arguments.threads} threads, "
+        f"{len(prompts)} prompts, {arguments.tokens} tokens, "
+        f"k {arguments.top_k}, p {arguments.top_p}, agent {agent.spec.head}/{agent.spec.rule}"
+    )
+    for batch in arguments.batches:
+        ratios, sizes = [], []
+        decoder, blend = Decoder(llm, batch), Blend.of([agent])
+        aligned(llm, decoder, blend, prompts[:batch], settings)
+        generate(llm, prompts[:batch], arguments.tokens)
+        for start in range(0, len(prompts), batch):
+            chunk = prompts[start : start + batch]
+            count, seconds = generate(llm, chunk, arguments.tokens)
+            ours, our_seconds, _ = aligned(llm, decoder, blend, chunk, settings)
+            ratios.append((ours / our_seconds) / (count / seconds))
+            sizes.append((count / seconds, ours / our_seconds))
+        plain, steered = (sum(column) / len(sizes) for column in zip(*sizes, strict=True))
+        looked = decoder.engine.candidate_tokens / max(1, decoder.engine.forwards)
+        print(
+            f"batch {batch}: generate {plain:.1f} tokens/s, aligned greedy {steered:.1f}, "
+            f"{looked / batch:.2f} candidates a slot and forward; "
+            f"aligned / generate tokens per second, ratio {median(ratios):.3f}",
+            flush=True,
+        )
+    if arguments.skip_serial:
+        return
+    actor_settings = DecodeSettings(max_new_tokens=arguments.tokens)
+    actor = seeded_actor(llm, prompts, actor_settings)
+    for batch in arguments.batches:
+        blend, decoder = Blend.of([actor]), Decoder(llm, batch)
+        speedups, saved, examined_all, tokens_all = [], [], 0, 0
+        for start in range(0, len(prompts), batch):
+            chunk = prompts[start : start + batch]
+            before = decoder.engine.forwards
+            count, seconds, examined = aligned(llm, decoder, blend, chunk, actor_settings)
+            forwards = decoder.engine.forwards - before
+            slow, slow_seconds, _, slow_forwards = serial(llm, actor, chunk, arguments.tokens)
+            speedups.append((count / seconds) / (slow / slow_seconds))
+            saved.append(1 - forwards / slow_forwards)
+            examined_all, tokens_all = examined_all + examined, tokens_all + count
+        print(
+            f"batch {batch}: seeded actor examines {examined_all / tokens_all:.2f} candidates per "
+            f"decision; forwards saved against one at a time {median(saved):.0%}, "
+            f"speed-up {median(speedups):.2f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()

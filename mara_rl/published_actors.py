@@ -1,0 +1,84 @@
+"""Actors as the paper's authors publish them: ``.pth`` state dicts."""
+
+import os
+import pickle
+import re
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mara_rl.agent import Agent, AgentSpec
+from mara_rl.agent_files import agent_with_weights
+from mara_rl.errors import DataError, first_line
+
+
+def load_published_actor(path: Path) -> Agent:
+    """A published actor, a ``.pth`` state dict: head ``paper``, rule ``threshold``, k 40, p .95.
+
+    Only tensors are read; a file with anything else in it is refused. H is the width of its
+    LayerNorm; which LLM it belongs to is not in the file (``spec.llm`` is empty).
+    Raises DataError naming what is not as expected.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        if found:
+            raise DataError(
+                f"{path} holds the Python object {found[1]}; expected tensors alone, nothing else "
+                "is loaded"
+            ) from error
+        raise DataError(f"{path} is truncated or not a torch file") from error
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        raise DataError(f"{path} could not be read: {first_line(error)}") from error
+    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+        raise DataError(f"{path} does not hold named tensors; expected an actor's state dict")
+    norm = state.get("ln.weight")
+    if norm is None or norm.ndim != 1:
+        keys = ", ".join(sorted(map(str, state))[:4]) or "none"
+        raise DataError(f"{path} has no vector 'ln.weight'; expected an actor, found keys {keys} …")
+    spec = AgentSpec(
+        hidden_size=norm.shape[0],
+        head="paper",
+        rule="threshold",
+        fallback="first",
+        top_k=40,
+        top_p=0.95,
+        llm="",
+    )
+    return agent_with_weights(spec, state, path)
+
+
+def is_published_kind(spec: AgentSpec) -> bool:
+    """Whether an agent is what the authors' code takes a ``.pth`` for."""
+    return (spec.head, spec.rule, spec.fallback) == ("paper", "threshold", "first")
+
+
+def save_published_actor(agent: Agent, path: Path) -> None:
+    """Write a ``.pth`` that the authors' code and `load_published_actor` read: weights, float32.
+
+    Raises DataError unless the agent is what that code takes it for (head ``paper``, rule
+    ``threshold``, fallback ``first``), or when ``path`` exists.
+    """
+    if not is_published_kind(agent.spec):
+        found = ", ".join((agent.spec.head, agent.spec.rule, agent.spec.fallback))
+        raise DataError(
+            f"agent has head, rule, fallback {found}; a published .pth stands for "
+            "paper, threshold, first: keep agent.safetensors and agent.json"
+        )
+    if path.exists():
+        raise DataError(f"{path} exists; expected a new file")
+    weights = {
+        key: t.detach().to("cpu", torch.float32) for key, t in agent.network.state_dict().items()
+    }
+    descriptor, scratch = tempfile.mkstemp(prefix=".actor-", suffix=".pth", dir=path.parent)
+    os.close(descriptor)
+    try:
+        torch.save(weights, scratch)
+        os.chmod(scratch, 0o644)
+        os.rename(scratch, path)
+    except BaseException:
+        os.unlink(scratch)
+        raise
