@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from small_agents import random_agent
 
 from mara_rl.agent import Agent, AgentSpec
 from mara_rl.candidates import candidate_sets
@@ -19,17 +20,6 @@ from mara_rl.policy_llm import PolicyLLM
 PROMPTS = ["Hi", "How do I bake bread?", "What is the time in Lima?", "a", "Tell me a story."]
 MAX_NEW_TOKENS = 9
 HEADS = ["paper", "anchored", "relative"]
-
-
-def random_agent(llm: PolicyLLM, head: str, **spec: object) -> Agent:
-    """An agent that accepts about half of what it sees, whatever its head."""
-    agent = Agent(AgentSpec(hidden_size=llm.hidden_size, head=head, **spec))
-    for weight in agent.network.parameters():
-        torch.nn.init.normal_(weight, std=0.15)
-    with torch.no_grad():
-        states = llm.model.base_model(torch.tensor([llm.prompt_ids(PROMPTS[2])])).last_hidden_state
-        agent.network.output_linear.bias -= agent.network(states[0]).mean(0)
-    return agent.eval()
 
 
 def decode(
