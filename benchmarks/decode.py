@@ -22,6 +22,7 @@ from mara_rl.candidate_walk import ACCEPT, CandidateWalk
 from mara_rl.decoding.blend import Blend
 from mara_rl.decoding.decoder import Decoder
 from mara_rl.decoding.request import DecodeRequest, DecodeSettings
+from mara_rl.home import mara_home
 from mara_rl.policy_llm import SMOLLM2, PolicyLLM, load_policy_llm
 from mara_rl.prompts import packaged_prompts
 from mara_rl.slot_engine import SlotEngine
@@ -123,7 +124,12 @@ def seeded_actor(llm: PolicyLLM, prompts: list[str], settings: DecodeSettings) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--agent", type=Path, required=True, help="folder of a trained agent")
+    parser.add_argument(
+        "--agent",
+        type=Path,
+        default=mara_home() / "quickstart-1" / "agent",
+        help="folder of a trained agent; that of the first quickstart unless given",
+    )
     parser.add_argument("--llm", default=SMOLLM2)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--threads", type=int, default=2)

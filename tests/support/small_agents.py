@@ -22,14 +22,14 @@ def logits(agent: Agent) -> torch.Tensor:
         return agent.accept_logit(h, torch.linspace(-2, 2, 7), prefix)
 
 
-def random_agent(llm: PolicyLLM, head: str, **spec: object) -> Agent:
+def random_agent(policy: PolicyLLM, /, head: str, **spec: object) -> Agent:
     """An agent that accepts about half of what it sees, whatever its head."""
-    agent = Agent(AgentSpec(hidden_size=llm.hidden_size, head=head, **spec))
+    agent = Agent(AgentSpec(hidden_size=policy.hidden_size, head=head, **spec))
     for weight in agent.network.parameters():
         torch.nn.init.normal_(weight, std=0.15)
     with torch.no_grad():
-        states = llm.model.base_model(
-            torch.tensor([llm.prompt_ids("What is the time in Lima?")])
+        states = policy.model.base_model(
+            torch.tensor([policy.prompt_ids("What is the time in Lima?")])
         ).last_hidden_state
         agent.network.output_linear.bias -= agent.network(states[0]).mean(0)
     return agent.eval()
