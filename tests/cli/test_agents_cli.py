@@ -11,6 +11,7 @@ from mara_rl.agent_files import load_agent, read_agent_spec, save_agent
 from mara_rl.cli.app import app
 from mara_rl.errors import ConfigError, DataError
 from mara_rl.preference import preference_rate
+from mara_rl.published_actors import load_published_actor, save_published_actor
 from mara_rl.tracking.promotion import PromotionEvidence
 from mara_rl.tracking.registry import AgentRegistry
 from mara_rl.tracking.run import TrackingRun
@@ -125,3 +126,35 @@ def test_a_server_that_is_away_is_one_line_and_exit_1(monkeypatch):
     assert (result.returncode, result.stdout) == (1, "")
     assert result.stderr.startswith("error: MLFLOW_TRACKING_URI http://***@127.0.0.1:9: no answer")
     assert result.stderr.count("\n") == 1
+
+
+def test_a_published_actor_is_imported_as_candidate(tiny_llms, tmp_path):
+    published = random_actor(32, tmp_path / "tiny_1_1_actor.pth")
+    llm = str(tiny_llms["llama"])
+    line = run("import", str(published), "--llm", llm, "--name", "mara-imported")
+    assert line == "registered models:/mara-imported@candidate (version 1)\n"
+    found = AgentRegistry(tracking_uri(allow_local=True)).resolve("models:/mara-imported@candidate")
+    assert (found.spec.llm, found.spec.head, found.spec.rule) == (llm, "paper", "threshold")
+    original = load_published_actor(published).network.state_dict()
+    assert all(torch.equal(original[k], v) for k, v in found.network.state_dict().items())
+    run("export", "models:/mara-imported@candidate", "--out", str(tmp_path / "out"))
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"agent.safetensors", "agent.json", "README.md", "out_actor.pth"}
+    assert "base_model" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_an_import_that_does_not_fit_is_refused(tiny_llms, tmp_path):
+    published = random_actor(12, tmp_path / "x_actor.pth")
+    refused = CliRunner().invoke(app, ["agents", "import", str(published)])
+    assert refused.exit_code == 2
+    assert "give --llm" in refused.output
+    with pytest.raises(DataError, match=r"hidden size 12; LLM .* has hidden size 32"):
+        run("import", str(published), "--llm", str(tiny_llms["llama"]))
+    with pytest.raises(DataError, match="no such file or folder"):
+        run("import", "/no/such.pth", "--llm", str(tiny_llms["llama"]))
+
+
+def random_actor(hidden_size, path):
+    spec = AgentSpec(hidden_size=hidden_size, head="paper", rule="threshold", fallback="first")
+    save_published_actor(Agent(spec), path)
+    return path

@@ -1,0 +1,171 @@
+"""Loading LLMs of every kind, and prompts exactly as their chat templates render them."""
+
+import json
+import shutil
+from pathlib import Path
+
+import gguf
+import pytest
+import sentencepiece
+import torch
+
+from mara_rl.decoding.text_stream import TextStream
+from mara_rl.errors import ConfigError, DataError
+from mara_rl.policy_llm import load_policy_llm, smollm2_gguf
+
+# How the families write a conversation, in short; with system and user turn, and what it gives.
+LLAMA_3 = """\
+{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m['role'] }}<|end_header_id|>
+
+{{ m['content'] | trim }}<|eot_id|>{% endfor %}
+{%- if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>
+
+{% endif %}"""
+MISTRAL = """\
+{{ bos_token }}{% if messages[0]['role'] == 'system' %}{% set s = messages[0]['content'] %}
+{%- set messages = messages[1:] %}{% endif %}{% for m in messages %}[INST]
+{{- ' ' }}{% if s is defined and loop.last %}{{ s }}
+
+{% endif %}{{ m['content'] }}[/INST]{% endfor %}"""
+QWEN = """\
+{% if messages[0]['role'] != 'system' %}<|im_start|>system
+Default.<|im_end|>
+{% endif %}{% for m in messages %}<|im_start|>{{ m['role'] }}
+{{ m['content'] }}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+TEMPLATES = {
+    "llama-3": (
+        LLAMA_3,
+        "{bos}<|start_header_id|>system<|end_header_id|>\n\nBe brief.<|eot_id|>"
+        "<|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    ),
+    "mistral": (MISTRAL, "{bos}[INST] Be brief.\n\nHi[/INST]"),
+    "qwen": (
+        QWEN,
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n",
+    ),
+}
+GEMMA = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] }}<end_of_turn>\n"
+    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+
+
+@pytest.fixture
+def folder(tiny_llms, tmp_path) -> Path:
+    """A tiny LLM's folder that a test may change."""
+    return Path(shutil.copytree(tiny_llms["llama"], tmp_path / "llm"))
+
+
+def with_template(folder: Path, template: str | None):
+    file = folder / "chat_template.jinja"
+    file.unlink()
+    if template is not None:
+        file.write_text(template, encoding="utf-8")
+    return load_policy_llm(str(folder), dtype="float32")
+
+
+def test_golden_ids_of_smollm2(smollm2) -> None:
+    # system turn with the template's own prompt, user turn, opening of the assistant's
+    system = [1, 9690, 198, 2683, 359, 253, 5356, 5646, 11173, 3365, 3511, 308, 34519, 28]
+    system += [7018, 411, 407, 19712, 8182, 2, 198]
+    user = [1, 4093, 198, 26843, 2, 198, 1, 520, 9531, 198]
+    assert smollm2.prompt_ids("Hi") == system + user
+    brief = smollm2.tokenizer("Be brief.")["input_ids"]
+    assert smollm2.prompt_ids("Hi", system="Be brief.") == [*system[:3], *brief, 2, 198, *user]
+    assert smollm2.eos_ids == {2}
+
+
+@pytest.mark.parametrize("family", TEMPLATES)
+def test_prompts_are_what_the_template_writes(folder, family) -> None:
+    template, golden = TEMPLATES[family]
+    llm = with_template(folder, template)
+    text = golden.format(bos=llm.tokenizer.bos_token)
+    assert llm.tokenizer.decode(llm.prompt_ids("Hi", system="Be brief.")) == text
+    assert ("Default." in llm.tokenizer.decode(llm.prompt_ids("Hi"))) == (family == "qwen")
+
+
+def test_a_system_prompt_where_there_is_no_such_role_is_refused(folder) -> None:
+    llm = with_template(folder, GEMMA)
+    assert llm.tokenizer.decode(llm.prompt_ids("Hi")).endswith("model\n")
+    with pytest.raises(ConfigError, match=r"roles system, user: System role not supported"):
+        llm.prompt_ids("Hi", system="Be brief.")
+
+
+def test_an_llm_without_a_chat_template_is_refused(folder) -> None:
+    with pytest.raises(DataError, match="has no chat template; expected an instruction-tuned LLM"):
+        with_template(folder, None)
+
+
+@pytest.mark.slow
+def test_a_gguf_file_is_loaded_as_it_is(smollm2) -> None:
+    llm = load_policy_llm(str(smollm2_gguf()), dtype="float32")
+    assert llm.prompt_ids("Hi") == smollm2.prompt_ids("Hi")
+    ids = torch.tensor([llm.prompt_ids("Hi")])
+    with torch.inference_mode():
+        assert torch.equal(llm.model(ids).logits, smollm2.model(ids).logits)
+
+
+def test_gguf_files_that_cannot_be_read_are_named(tmp_path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.gguf.*no such file"):
+        load_policy_llm(str(tmp_path / "none.gguf"))
+    (tmp_path / "text.gguf").write_text("not a gguf file")
+    with pytest.raises(ConfigError, match=r"text\.gguf") as caught:
+        load_policy_llm(str(tmp_path / "text.gguf"))
+    assert "\n" not in str(caught.value)
+    writer = gguf.GGUFWriter(str(tmp_path / "other.gguf"), "otherarch")
+    writer.add_context_length(8)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ConfigError, match=r"other\.gguf.*otherarch"):
+        load_policy_llm(str(tmp_path / "other.gguf"))
+
+
+@pytest.mark.parametrize("name", ["nowhere", "/no/such/folder", "some/llm"])
+def test_llms_that_are_not_there_are_named(name) -> None:
+    with pytest.raises(ConfigError, match=f"llm '{name}' could not be loaded") as caught:
+        load_policy_llm(name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_tokenizer_of_sentencepiece_alone(folder, tmp_path) -> None:
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (folder / file).unlink()
+    sentences = ["hello world how are you", "the cat sat on the mat", "naïve café 你好"] * 30
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences),
+        model_prefix=str(tmp_path / "tokenizer"),
+        vocab_size=310,
+        hard_vocab_limit=False,
+        model_type="bpe",
+        byte_fallback=True,
+        minloglevel=2,
+    )
+    shutil.move(tmp_path / "tokenizer.model", folder / "tokenizer.model")
+    settings = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "chat_template": "{{ bos_token }}{% for m in messages %}[INST] {{ m['content'] }} [/INST]"
+        "{% endfor %}",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    llm = load_policy_llm(str(folder), dtype="float32")
+    ids = llm.prompt_ids("hello world")
+    assert ids.count(llm.tokenizer.bos_token_id) == 1
+    assert llm.text(ids) == "[INST] hello world [/INST]"
+    text = "hello naïve 你好 the cat 🙂"
+    stream = TextStream(llm)
+    pieces = [
+        stream.push(token) for token in llm.tokenizer(text, add_special_tokens=False)["input_ids"]
+    ]
+    assert "".join([*pieces, stream.finish()]) == text
+    assert sum(map(bool, pieces)) > 3
