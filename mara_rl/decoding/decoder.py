@@ -56,14 +56,14 @@ class Decoder:
             first_look_mass: an answer first looks at candidates until their base probabilities
                 reach this sum.
             free_tokens: tokens a forward takes at hardly more than the price of one: at least this
-                many are looked at where there are as many candidates. Default: 64 on a GPU, else 1.
+                many are looked at where there are as many candidates. Default: 64 on a GPU, else 6.
         """
         self.llm = llm
         self.num_slots = num_slots
         self.engine = SlotEngine(llm, num_slots)
         self._reader = PromptReader(self.engine, prefill_chunk_tokens)
         self._first_look_mass = first_look_mass
-        self._free_tokens = free_tokens or (64 if llm.device.type == "cuda" else 1)
+        self._free_tokens = free_tokens or (64 if llm.device.type == "cuda" else 6)
         self._waiting: deque[_Running] = deque()
         self._running: dict[int, _Running] = {}
         self._fresh: list[int] = []  # slots that took a token and need new candidates
