@@ -56,7 +56,7 @@ class SlotEngine:
         rows = torch.as_tensor(slots)
         counts = torch.tensor([len(chunk) for chunk in chunks])
         tokens = torch.tensor([token for chunk in chunks for token in chunk])
-        hidden = self._forward(rows, counts, tokens, self.lengths[rows], siblings=False)
+        hidden = self._forward(rows, counts, tokens, self.lengths[rows])
         self.lengths[rows] += counts
         self.prefill_tokens += len(tokens)
         return hidden[counts.cumsum(0) - 1]
@@ -75,30 +75,43 @@ class SlotEngine:
         """
         self.candidate_tokens += self.num_slots
         ones = torch.ones_like(self._all)
-        return self._forward(None, ones, tokens, self.lengths, siblings=False)
+        return self._forward(None, ones, tokens, self.lengths)
 
     def commit(self, accepted: Tensor) -> None:
         """Make the pending token of the slots where ``accepted`` (S,), bool, part of them."""
         self.lengths += accepted.long()
 
     @torch.inference_mode()
-    def look(self, slots: Tensor, counts: Tensor, tokens: Tensor, looked: Tensor) -> Tensor:
+    def look(
+        self,
+        slots: Tensor,
+        counts: Tensor,
+        tokens: Tensor,
+        looked: Tensor,
+        parents: Tensor | None = None,
+    ) -> Tensor:
         """Look at candidates for the next token of some slots in one forward.
 
         Args:
             slots: (R,), int64.
             counts: candidates per slot (R,), all at least 1.
-            tokens: the N candidates, slot by slot (N,), int64.
-            looked: candidates for the same place that each slot has looked at before (R,).
+            tokens: the N candidates, slot by slot (N,), int64. They get the places from
+                ``looked`` on, counted from the end of the slot.
+            looked: candidates that each slot has looked at before, since it last grew (R,).
+            parents: for a candidate that is to follow another one looked at before, that one's
+                place; −1 for candidates of the next token (N,), int64. None means all −1.
 
-        Returns hidden states (N, H). All candidates looked at stay until one is taken.
+        Returns hidden states (N, H). All candidates looked at stay until one is taken; then those
+        that follow it stay as candidates of the new next token, one place earlier.
         """
         self.candidate_tokens += len(tokens)
-        return self._forward(slots, counts, tokens, self.lengths[slots] + looked, siblings=True)
+        if parents is None:
+            parents = torch.full_like(tokens, -1)
+        return self._forward(slots, counts, tokens, self.lengths[slots] + looked, parents)
 
     @torch.inference_mode()
     def take(self, slots: Tensor, index: Tensor) -> None:
-        """Make the candidate that each slot (R,) looked at in place ``index`` (R,) part of it."""
+        """Make the candidate in place ``index`` (R,) of each slot (R,) part of it."""
         ends = self.lengths[slots]
         moved = index > 0
         if moved.any():
@@ -120,13 +133,12 @@ class SlotEngine:
         counts: Tensor,
         tokens: Tensor,
         first: Tensor,
-        *,
-        siblings: bool,
+        parents: Tensor | None = None,
     ) -> Tensor:
         """Hidden states (N, H) of N tokens, ``counts`` (R,) of them for each slot (None: all).
 
-        A slot's tokens go to the places from ``first`` (R,) on. They follow each other, or, as
-        ``siblings``, are alternatives for one position, each blind to the others.
+        A slot's tokens go to the places from ``first`` (R,) on. They follow each other, or, with
+        ``parents`` as for `look`, are alternatives, each blind to all but what it follows.
         """
         device = self.llm.device
         width, longest = int(counts.max()), int((first + counts).max())
@@ -148,12 +160,17 @@ class SlotEngine:
         )
         places = (first[:, None] + torch.arange(width)).to(device)
         ends = self.lengths[rows][:, None].to(device)
-        positions = ends.expand_as(places) if siblings else places
         key = torch.arange(self._cache.view, device=device)
-        distance = positions[:, None, :, None] - key  # (R, 1, W, view)
-        seen = distance >= 0
-        if siblings:
-            seen = (distance > 0) | (places[:, None, :, None] == key)
+        if parents is None:
+            positions = places
+            seen = key <= positions[:, None, :, None]  # (R, 1, W, view)
+        else:
+            parent = layout.unpack(parents.to(device))
+            positions = ends + (parent >= 0)
+            seen = (key < ends[:, None, :, None]) | (key == places[:, None, :, None])
+            seen |= (key == (ends + parent)[:, None, :, None]) & (parent >= 0)[:, None, :, None]
+        # Candidates lie beyond their position, so a window never hides one from what follows it.
+        distance = positions[:, None, :, None] - key
         masks = {
             kind: seen & (distance < window) if window else seen
             for kind, window in self._windows.items()

@@ -38,6 +38,7 @@ class Decoder:
 
     Each `step` puts candidates of all running answers through the LLM in one forward, only as many
     as are likely to be needed; the rules of `mara_rl.decoding.rules` say when a choice is certain.
+    While it is not, but one candidate leads, those that would follow it are looked at as well.
     An answer depends on its request alone, not on what runs beside it (up to rounding).
     """
 
@@ -69,6 +70,7 @@ class Decoder:
         self._fresh: list[int] = []  # slots that took a token and need new candidates
         state = {"device": llm.device, "dtype": llm.model.dtype}
         self._table = DecodeTable(num_slots, llm.hidden_size, state)
+        self._ahead = DecodeTable(num_slots, llm.hidden_size, state)  # after the leaders
 
     @property
     def idle(self) -> bool:
@@ -132,8 +134,9 @@ class Decoder:
         slots = [slot for slot in self._running if slot not in unread]
         if slots:
             self._look(slots, growths)
-            self._decide(growths)
-            self._advance()
+            self._decide(slots, growths)
+            self._decide(self._advance(slots), growths)
+            self._advance(slots)
         return growths
 
     def _admit(self) -> None:
@@ -156,9 +159,18 @@ class Decoder:
             ones = torch.ones(len(complete), dtype=torch.long)
             table.begin(complete, states, blended_terms(blends, ones, states))
         slots, self._fresh = self._fresh + complete, []
-        if not slots:
-            return slots
-        logits = self.engine.logits(table.h_prefix[slots])
+        leading = self._new_leaders()
+        states = torch.cat([table.h_prefix[slots], table.h[leading, self._leaders(leading)]])
+        if len(states):
+            logits = self.engine.logits(states)
+            self._open(table, slots, logits[: len(slots)])
+            self._open(self._ahead, leading, logits[len(slots) :])
+        for slot in slots:
+            self._begin_token(slot)
+        return slots
+
+    def _open(self, table: DecodeTable, slots: Sequence[int], logits: Tensor) -> None:
+        """Candidates from ``logits`` (R, V), each slot with its own top-k and top-p."""
         groups: dict[tuple[int, float], list[int]] = {}
         for row, slot in enumerate(slots):
             request = self._running[slot].request
@@ -166,13 +178,30 @@ class Decoder:
         for (top_k, top_p), rows in groups.items():
             own = logits if len(rows) == len(slots) else logits[rows]
             table.open([slots[row] for row in rows], candidate_sets(own, top_k, top_p))
-        for slot in slots:
-            running = self._running[slot]
-            running.choice, running.unseen = UNDECIDED, False
-            table.uniform[slot] = running.draw()
-        kept = [slot for slot in slots if self._running[slot].states is not None]
-        self._keep_states(kept, table.h_prefix[kept])
+
+    def _begin_token(self, slot: int) -> None:
+        running, table = self._running[slot], self._table
+        running.choice, running.unseen = UNDECIDED, False
+        table.uniform[slot] = running.draw()
+        if running.states is not None:
+            running.states.append(_as_half(table.h_prefix[slot]))
+
+    def _new_leaders(self) -> list[int]:
+        """Slots with a candidate that leads and would not end the answer, new since last time."""
+        slots = []
+        for slot, running in self._running.items():
+            if running.leader is None or running.leader == running.follows:
+                continue
+            running.follows = None
+            token_id = int(self._table.sets.ids[slot, running.leader])
+            room = running.request.settings.max_new_tokens - len(running.answer.token_ids)
+            if room > 1 and token_id not in self.llm.eos_ids:
+                running.follows = running.leader
+                slots.append(slot)
         return slots
+
+    def _leaders(self, slots: Sequence[int]) -> list[int]:
+        return [self._running[slot].follows or 0 for slot in slots]
 
     def _choose_unseen(self, slots: Sequence[int], growths: list[Growth]) -> None:
         """Choose where no candidate needs to be looked at: by the base LLM, or from a set of one.
@@ -208,28 +237,44 @@ class Decoder:
 
     def _look(self, slots: list[int], growths: list[Growth]) -> None:
         """Put candidates of all slots through the LLM in one forward: one chosen, or some more."""
-        table, at = self._table, torch.tensor(slots)
+        table, ahead, at = self._table, self._ahead, torch.tensor(slots)
         runs = [self._running[slot] for slot in slots]
+        blends = [running.blend for running in runs]
         unseen = torch.tensor([running.unseen for running in runs])
         chosen = torch.tensor([running.choice for running in runs])
-        looked = torch.where(unseen, 0, table.looked[at])
-        counts = torch.where(unseen, 1, self._widths(at, looked))
-        first = torch.where(unseen, chosen, looked)
+        follows = torch.tensor([-1 if run.follows is None else run.follows for run in runs])
+        own = torch.where(unseen, 1, self._widths(table, at))
+        once = (follows >= 0) & (ahead.looked[at] == 0)
+        more = torch.where(once, self._widths(ahead, at), 0)
+        counts = own + more
         row = torch.arange(len(slots)).repeat_interleave(counts)
-        columns = first[row] + torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
-        h = self.engine.look(at, counts, table.sets.ids[at[row], columns], looked)
-        terms = blended_terms([running.blend for running in runs], counts, h)
-        table.record(at[row], columns, h, terms)
-        table.looked[at] = looked + counts
+        number = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
+        further = number >= own[row]
+        first = torch.where(unseen, chosen, table.looked[at])
+        column = torch.where(further, (ahead.looked[at] - own)[row] + number, first[row] + number)
+        used = torch.tensor([running.used for running in runs])
+        place = used[row] + number
+        parents = table.place[at, follows.clamp_min(0)][row].where(further, -1)
+        tokens = torch.zeros_like(row)
+        for part, mine in ((table, ~further), (ahead, further)):
+            tokens[mine] = part.sets.ids[at[row[mine]], column[mine]]
+        h = self.engine.look(at, counts, tokens, used, parents if further.any() else None)
+        terms = blended_terms(blends, counts, h)
+        for part, mine in ((table, ~further), (ahead, further)):
+            if mine.any():
+                part.record(
+                    at[row[mine]], column[mine], place[mine], h[mine.to(h.device)], terms[mine]
+                )
         for running, amount in zip(runs, counts.tolist(), strict=True):
             running.answer.looked += amount
+            running.used += amount
         if not terms.isfinite().all():
-            for place in row[~terms.isfinite().all(1)].unique().tolist():
-                growths.append(self._fail(slots[place]))
+            for broken in row[~terms.isfinite().all(1)].unique().tolist():
+                growths.append(self._fail(slots[broken]))
 
-    def _widths(self, at: Tensor, looked: Tensor) -> Tensor:
-        """How many more candidates each slot (R,) looks at now."""
-        table = self._table
+    def _widths(self, table: DecodeTable, at: Tensor) -> Tensor:
+        """How many more candidates of a table each slot (R,) looks at now."""
+        looked = table.looked[at]
         mass_before = 1.0 - table.sets.mass_left[at]
         wanted = (mass_before < self._first_look_mass).sum(1)
         settings = [self._running[slot].request for slot in at.tolist()]
@@ -242,18 +287,18 @@ class Decoder:
         wanted = torch.where(looked > 0, looked, wanted).clamp_min(self._free_tokens // len(at))
         return torch.where(exact, left, torch.minimum(wanted.clamp_min(1), left))
 
-    def _decide(self, growths: list[Growth]) -> None:
-        """Apply each undecided slot's rule to what it has seen."""
-        unread = set(self._reader.waiting)
+    def _decide(self, slots: Sequence[int], growths: list[Growth]) -> None:
+        """Apply the rule of each of these slots, where undecided, to what it has seen."""
         groups: dict[tuple[str, str], list[int]] = {}
-        for slot, running in self._running.items():
-            if running.choice == UNDECIDED and slot not in unread:
+        for slot in slots:
+            running = self._running.get(slot)
+            if running is not None and running.choice == UNDECIDED:
                 request = running.request
                 groups.setdefault((request.rule, request.fallback), []).append(slot)
         table = self._table
-        for (rule, fallback), slots in groups.items():
-            at = torch.tensor(slots)
-            requests = [self._running[slot].request for slot in slots]
+        for (rule, fallback), members in groups.items():
+            at = torch.tensor(members)
+            requests = [self._running[slot].request for slot in members]
             counts, looked = table.sets.counts[at], table.looked[at]
             logits = table.accept_logits(at)
             exact = torch.tensor([request.settings.exact for request in requests])
@@ -261,7 +306,7 @@ class Decoder:
                 whole = reweighted_logits(table.sets.probs[at], table.terms[at, :, 0])
                 logits = torch.where(exact[:, None], whole, logits)
             temperature = [request.settings.temperature for request in requests]
-            choice, examined = decide(
+            choice, examined, leader = decide(
                 rule,  # type: ignore[arg-type]
                 logits,
                 looked,
@@ -273,33 +318,56 @@ class Decoder:
             index = torch.arange(logits.shape[1])
             decisions = index < torch.minimum(examined, counts - 1)[:, None]
             kl = torch.where(decisions, bernoulli_kl(logits, table.sets.base_logits[at]), 0.0)
-            found = zip(slots, choice.tolist(), examined.tolist(), kl.sum(1).tolist(), strict=True)
+            found = zip(
+                members, choice.tolist(), examined.tolist(), kl.sum(1).tolist(), strict=True
+            )
             for place, (slot, taken, needed, nats) in enumerate(found):
                 if taken == UNDECIDED:
+                    if leader is not None and not exact[place]:
+                        self._running[slot].leader = int(leader[place])
                     continue
                 if self._running[slot].answer.trace is not None:
                     self._running[slot].seen = logits[place]
                 growths.append(self._grow(slot, taken, examined=needed, kl=nats))
 
-    def _advance(self) -> None:
-        """Make the choices part of the sequences; end the answers that are complete."""
+    def _advance(self, slots: Sequence[int]) -> list[int]:
+        """Make the choices of these slots part of their sequences; end answers that are complete.
+
+        Returns the slots that have looked ahead after what they took, and may decide again.
+        """
         table = self._table
-        chosen = [s for s, running in self._running.items() if running.choice != UNDECIDED]
-        kept = [slot for slot in chosen if self._running[slot].ended]
-        for slot in kept:
-            state = table.h[slot, self._running[slot].choice]
-            if self._running[slot].states is not None:
-                self._keep_states([slot], state[None])
-            self._release(slot, self._running[slot].ended)
-        grown = [slot for slot in chosen if slot in self._running]
+        grown = []
+        for slot in slots:
+            running = self._running.get(slot)
+            if running is None or running.choice == UNDECIDED or slot in self._fresh:
+                continue
+            if not running.ended:
+                grown.append(slot)
+                continue
+            if running.states is not None:
+                running.states.append(_as_half(table.h[slot, running.choice]))
+            self._release(slot, running.ended)
         if not grown:
-            return
-        runs = [self._running[slot] for slot in grown]
-        choice = torch.tensor([running.choice for running in runs])
-        places = torch.tensor([0 if running.unseen else running.choice for running in runs])
-        self.engine.take(torch.tensor(grown), places)
-        table.take(torch.tensor(grown), choice)
-        self._fresh += grown
+            return []
+        at = torch.tensor(grown)
+        choice = torch.tensor([self._running[slot].choice for slot in grown])
+        self.engine.take(at, table.place[at, choice])
+        table.take(at, choice)
+        ahead = [
+            slot for slot in grown if self._running[slot].follows == self._running[slot].choice
+        ]
+        if ahead:
+            table.adopt(torch.tensor(ahead), self._ahead)
+        for slot in grown:
+            running = self._running[slot]
+            running.leader = running.follows = None
+            if slot in ahead:
+                running.used -= 1  # the one taken
+                self._begin_token(slot)
+            else:
+                running.used = 0
+                self._fresh.append(slot)
+        return ahead
 
     def _grow(self, slot: int, choice: int, *, examined: int, kl: float) -> Growth:
         """Take a candidate as the next token of a slot's answer."""
@@ -333,16 +401,6 @@ class Decoder:
         rows = zip(ids, probs, accept, induced, strict=True)
         return TokenTrace([CandidateTrace(*row) for row in rows], choice)
 
-    def _keep_states(self, slots: Sequence[int], states: Tensor) -> None:
-        """Record states (R, H) of these slots, float16; bfloat16 reaches further and is clipped."""
-        limit = torch.finfo(torch.float16).max
-        for slot, state in zip(
-            slots, states.float().clamp(-limit, limit).half().cpu(), strict=True
-        ):
-            kept = self._running[slot].states
-            assert kept is not None
-            kept.append(state)
-
     def _fail(self, slot: int) -> Growth:
         """End an answer whose hidden states are not finite."""
         answer = self._running[slot].answer
@@ -359,12 +417,21 @@ class Decoder:
         running.end(reason)
 
 
+def _as_half(state: Tensor) -> Tensor:
+    """float16 on the CPU; bfloat16 reaches further, so large states are clipped."""
+    limit = torch.finfo(torch.float16).max
+    return state.float().clamp(-limit, limit).half().cpu()
+
+
 class _Running:
     """A request that has, or waits for, a slot.
 
     Attributes:
         choice: the candidate taken of the open set, or `UNDECIDED`.
         unseen: whether it was taken without a look.
+        used: places of the engine used since the answer last grew.
+        leader: the candidate most likely to be taken, while undecided.
+        follows: the leader whose followers are being looked at.
         ended: why the answer is complete; "" while it is not.
         states: hidden states to keep, or None.
         seen: accept log-odds (K,) of the open set, for the trace.
@@ -377,6 +444,9 @@ class _Running:
         self.answer = DecodedAnswer(request.prompt, trace=[] if settings.trace else None)
         self.choice = UNDECIDED
         self.unseen = False
+        self.used = 0
+        self.leader: int | None = None
+        self.follows: int | None = None
         self.ended: FinishReason = ""
         self.states: list[Tensor] | None = [] if settings.keep_states else None
         self.seen: Tensor | None = None

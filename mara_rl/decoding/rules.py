@@ -18,10 +18,13 @@ class Decision(NamedTuple):
         choice: the candidate taken (R,), int64; `UNDECIDED` where more must be looked at.
         examined: candidates that looking at one after the other would have needed (R,), int64;
             meaningless where undecided.
+        leader: the candidate most likely to be taken where undecided (R,), int64; None where
+            those looked at are out of the running.
     """
 
     choice: Tensor
     examined: Tensor
+    leader: Tensor | None = None
 
 
 def decide(
@@ -66,7 +69,8 @@ def decide(
         settled = induced.cummax(1).values >= left
         known = settled.any(1) | complete
         examined = torch.where(settled.any(1), settled.int().argmax(1) + 1, counts)
-        return Decision(torch.where(known, induced.argmax(1), UNDECIDED), examined)
+        best = induced.argmax(1)
+        return Decision(torch.where(known, best, UNDECIDED), examined, best)
     assert uniform is not None
     choice = _sampled(induced, left[:, -1], looked, counts, uniform, temperature)
     return Decision(choice, choice + 1)

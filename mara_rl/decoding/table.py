@@ -15,6 +15,7 @@ class DecodeTable:
     Attributes (S slots, K candidates, H hidden size):
         sets: each slot's candidates.
         looked: candidates looked at, from the first on (S,), int64.
+        place: where each of them lies in the engine, counted from the slot's end (S, K), int64.
         terms: Σ w_i · MLP_i of each candidate looked at, over all agents and over those whose head
             takes a prefix's value off (S, K, 2), float32.
         prefix_term: the second of these for the last token taken (S,).
@@ -28,6 +29,7 @@ class DecodeTable:
         """``state``: device and dtype of hidden states."""
         self.sets = CandidateSets.empty(num_slots, 1)
         self.looked = torch.zeros(num_slots, dtype=torch.long)
+        self.place = torch.zeros(num_slots, 1, dtype=torch.long)
         self.terms = torch.zeros(num_slots, 1, 2)
         self.prefix_term = torch.zeros(num_slots)
         self.anchored = torch.ones(num_slots, dtype=torch.bool)
@@ -45,15 +47,30 @@ class DecodeTable:
         width = sets.ids.shape[1]
         if width > self.sets.ids.shape[1]:
             self.sets = self.sets.widened(width)
+            self.place = _widened(self.place, width)
             self.terms = _widened(self.terms, width)
             self.h = _widened(self.h, width)
         self.sets.put(slots, sets)
         self.looked[slots] = 0
 
-    def record(self, slots: Tensor, columns: Tensor, h: Tensor, terms: Tensor) -> None:
-        """States (N, H) and terms (N, 2) of candidates, by slot and column (N,)."""
+    def record(
+        self, slots: Tensor, columns: Tensor, places: Tensor, h: Tensor, terms: Tensor
+    ) -> None:
+        """Places (N,), states (N, H) and terms (N, 2) of candidates, by slot and column (N,)."""
+        self.place[slots, columns] = places
         self.h[slots, columns] = h
         self.terms[slots, columns] = terms
+        self.looked.index_add_(0, slots, torch.ones_like(slots))
+
+    def adopt(self, slots: Tensor, other: "DecodeTable") -> None:
+        """Take over what ``other`` knows of these slots' candidates, one place earlier."""
+        looked = other.looked[slots]
+        self.open(slots.tolist(), other.sets[slots])
+        self.looked[slots] = looked
+        width = other.place.shape[1]
+        self.place[slots, :width] = other.place[slots] - 1
+        self.terms[slots, :width] = other.terms[slots]
+        self.h[slots, :width] = other.h[slots]
 
     def take(self, slots: Tensor, choice: Tensor) -> None:
         """Make candidate ``choice`` (R,) of these slots (R,) the last token taken."""
@@ -68,7 +85,7 @@ class DecodeTable:
 
 
 def _widened(columns: Tensor, width: int) -> Tensor:
-    """(S, K, D) as (S, width, D), zeros in the new columns."""
-    wide = columns.new_zeros(columns.shape[0], width, columns.shape[2])
+    """(S, K, …) as (S, width, …), zeros in the new columns."""
+    wide = columns.new_zeros(columns.shape[0], width, *columns.shape[2:])
     wide[:, : columns.shape[1]] = columns
     return wide

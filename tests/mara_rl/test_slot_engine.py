@@ -107,3 +107,29 @@ def test_looking_at_several_candidates_and_taking_any(any_llm: PolicyLLM) -> Non
     h = engine.propose(pending)
     for slot, tokens in sequences.items():
         assert_states(any_llm, h[slot : slot + 1], [[*tokens, int(pending[slot])]])
+
+
+def test_candidates_that_follow_one_looked_at_before(any_llm: PolicyLLM) -> None:
+    engine = SlotEngine(any_llm, 2)
+    sequences = [random_tokens(5), random_tokens(19)]
+    engine.prefill([0, 1], sequences)
+    for _ in range(8):
+        at, first = torch.arange(2), torch.tensor([3, 2])
+        tokens = torch.randint(3, 90, (5,))
+        engine.look(at, first, tokens, torch.zeros(2, dtype=torch.long))
+        leader = torch.tensor([1, 0])
+        leading = [int(tokens[1]), int(tokens[3])]
+        # Two more candidates for slot 0 and one for slot 1, then two followers each.
+        more = torch.randint(3, 90, (7,))
+        parents = torch.tensor([-1, -1, 1, 1, -1, 0, 0])
+        states = engine.look(at, torch.tensor([4, 3]), more, first, parents)
+        expected = [[*sequences[0], int(t)] for t in more[:2]]
+        expected += [[*sequences[0], leading[0], int(t)] for t in more[2:4]]
+        expected += [[*sequences[1], int(more[4])]]
+        expected += [[*sequences[1], leading[1], int(t)] for t in more[5:]]
+        assert_states(any_llm, states, expected)
+        engine.take(at, leader)
+        sequences = [[*s, t] for s, t in zip(sequences, leading, strict=True)]
+        # The followers are candidates now, one place earlier; one of them is taken.
+        engine.take(at, torch.tensor([3 + 2 + 1 - 1, 2 + 1 + 0 - 1]))
+        sequences = [[*sequences[0], int(more[3])], [*sequences[1], int(more[5])]]

@@ -150,6 +150,30 @@ def test_rules_equal_the_serial_decoder(
     assert any(a.examined > len(a.token_ids) for a in answers), "nothing was ever rejected"
 
 
+def test_what_follows_a_leader_is_looked_at_in_the_same_forward(
+    tiny_llm: PolicyLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = random_agent(tiny_llm, "relative", top_k=12, top_p=0.99)
+    settings = DecodeSettings(max_new_tokens=24, rule="argmax_induced", keep_states=True)
+    requests = [DecodeRequest.of(tiny_llm, p, settings, blend=Blend.of([agent])) for p in PROMPTS]
+    decoder = Decoder(tiny_llm, 2, first_look_mass=0.1, free_tokens=1)
+    answers = [decoder.submit(request) for request in requests]
+    grown_at_once = set()
+    while not decoder.idle:
+        grown = [id(growth.answer) for growth in decoder.step()]
+        grown_at_once |= {grown.count(answer) for answer in grown}
+    assert grown_at_once >= {1, 2}
+    monkeypatch.setattr(Decoder, "_new_leaders", lambda self: [])
+    plain = Decoder(tiny_llm, 2, first_look_mass=0.1, free_tokens=1)
+    expected = plain.run(requests)
+    assert [a.token_ids for a in answers] == [a.token_ids for a in expected]
+    assert [a.examined for a in answers] == [a.examined for a in expected]
+    assert decoder.engine.forwards < plain.engine.forwards
+    for answer, other in zip(answers, expected, strict=True):
+        torch.testing.assert_close(answer.states, other.states, rtol=2e-3, atol=2e-3)
+        assert len(answer.states) == len(answer.token_ids) + 1
+
+
 def test_a_blend_adds_the_terms_of_its_agents(any_llm: PolicyLLM) -> None:
     agents = tuple(random_agent(any_llm, head, top_k=6) for head in ("anchored", "relative"))
     blend = Blend.of(agents, [0.7, 1.9])
