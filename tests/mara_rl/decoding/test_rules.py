@@ -43,7 +43,7 @@ def first_decision(rule: str, logits: Tensor, counts: Tensor, **options: object)
     decided = torch.full((ROWS,), UNDECIDED)
     needed = counts.clone()
     for looked in range(1, K + 1):
-        now, examined = decide(
+        now, examined, _ = decide(
             rule, logits[:, :looked], counts.clamp_max(looked), counts, **options
         )
         kept = decided != UNDECIDED

@@ -95,7 +95,11 @@ def test_existing_folder_is_not_overwritten(tmp_path, tiny_llm, head):
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"num_layers": 0}, "num_layers"), ({"pooling": "max"}, "pooling"), ({"x": 1}, "x")],
+    [
+        ({"num_layers": 0}, "num_layers"),
+        ({"pooling": "max"}, "pooling"),
+        ({"x": 1}, "unknown key 'x'"),
+    ],
 )
 def test_wrong_config_field_is_named(tmp_path, tiny_llm, head, change, named):
     save_slice(tmp_path / "m", spec_of(tiny_llm), head)
