@@ -3,7 +3,6 @@
 from collections import deque
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,8 +24,8 @@ from mara_rl.decoding.rules import (
     reweighted_logits,
     sampled_index,
 )
+from mara_rl.decoding.sequence import RunningSequence
 from mara_rl.decoding.table import DecodeTable
-from mara_rl.decoding.text_stream import TextStream
 from mara_rl.errors import DataError
 from mara_rl.policy_llm import PolicyLLM
 from mara_rl.prompt_reader import PromptReader
@@ -65,8 +64,8 @@ class Decoder:
         self._reader = PromptReader(self.engine, prefill_chunk_tokens)
         self._first_look_mass = first_look_mass
         self._free_tokens = free_tokens or (64 if llm.device.type == "cuda" else 6)
-        self._waiting: deque[_Running] = deque()
-        self._running: dict[int, _Running] = {}
+        self._waiting: deque[RunningSequence] = deque()
+        self._running: dict[int, RunningSequence] = {}
         self._fresh: list[int] = []  # slots that took a token and need new candidates
         state = {"device": llm.device, "dtype": llm.model.dtype}
         self._table = DecodeTable(num_slots, llm.hidden_size, state)
@@ -89,7 +88,7 @@ class Decoder:
 
     def submit(self, request: DecodeRequest) -> DecodedAnswer:
         """Queue a request; its answer grows while `step` is called."""
-        running = _Running(request, self.llm)
+        running = RunningSequence(request, self.llm)
         self._waiting.append(running)
         return running.answer
 
@@ -183,8 +182,7 @@ class Decoder:
         running, table = self._running[slot], self._table
         running.choice, running.unseen = UNDECIDED, False
         table.uniform[slot] = running.draw()
-        if running.states is not None:
-            running.states.append(_as_half(table.h_prefix[slot]))
+        running.keep(table.h_prefix[slot])
 
     def _new_leaders(self) -> list[int]:
         """Slots with a candidate that leads and would not end the answer, new since last time."""
@@ -344,8 +342,7 @@ class Decoder:
             if not running.ended:
                 grown.append(slot)
                 continue
-            if running.states is not None:
-                running.states.append(_as_half(table.h[slot, running.choice]))
+            running.keep(table.h[slot, running.choice])
             self._release(slot, running.ended)
         if not grown:
             return []
@@ -415,74 +412,3 @@ class Decoder:
         if slot in self._fresh:
             self._fresh.remove(slot)
         running.end(reason)
-
-
-def _as_half(state: Tensor) -> Tensor:
-    """float16 on the CPU; bfloat16 reaches further, so large states are clipped."""
-    limit = torch.finfo(torch.float16).max
-    return state.float().clamp(-limit, limit).half().cpu()
-
-
-class _Running:
-    """A request that has, or waits for, a slot.
-
-    Attributes:
-        choice: the candidate taken of the open set, or `UNDECIDED`.
-        unseen: whether it was taken without a look.
-        used: places of the engine used since the answer last grew.
-        leader: the candidate most likely to be taken, while undecided.
-        follows: the leader whose followers are being looked at.
-        ended: why the answer is complete; "" while it is not.
-        states: hidden states to keep, or None.
-        seen: accept log-odds (K,) of the open set, for the trace.
-    """
-
-    def __init__(self, request: DecodeRequest, llm: PolicyLLM) -> None:
-        settings = request.settings
-        self.request = request
-        self.blend = request.blend
-        self.answer = DecodedAnswer(request.prompt, trace=[] if settings.trace else None)
-        self.choice = UNDECIDED
-        self.unseen = False
-        self.used = 0
-        self.leader: int | None = None
-        self.follows: int | None = None
-        self.ended: FinishReason = ""
-        self.states: list[Tensor] | None = [] if settings.keep_states else None
-        self.seen: Tensor | None = None
-        self._llm = llm
-        self._rng = np.random.default_rng(settings.seed)
-        self._stream = TextStream(llm, settings.stop) if settings.stream or settings.stop else None
-
-    def draw(self) -> float:
-        """The number that the next token is drawn with."""
-        return float(self._rng.random()) if self.request.rule == "sample" else 0.0
-
-    def next_of_opening(self) -> int | None:
-        """None where there is no opening, it is over, or the answer has left it."""
-        opening, begun = self.request.opening_ids, self.answer.token_ids
-        on_it = len(begun) < len(opening) and list(opening[: len(begun)]) == begun
-        return opening[len(begun)] if on_it else None
-
-    def grow(self, token_id: int) -> str:
-        """Append a token; the text that is certain now."""
-        ids = self.answer.token_ids
-        ids.append(token_id)
-        piece = self._stream.push(token_id) if self._stream else ""
-        if token_id in self._llm.eos_ids or (self._stream and self._stream.stopped):
-            self.ended = "stop"
-        elif len(ids) >= self.request.settings.max_new_tokens:
-            self.ended = "length"
-        if self.ended and self._stream:
-            piece += self._stream.finish()
-            if self._stream.stopped:
-                self.ended = "stop"
-        return piece
-
-    def end(self, reason: FinishReason) -> None:
-        """Complete the answer."""
-        answer = self.answer
-        answer.finish_reason = reason
-        answer.text = self._stream.text if self._stream else self._llm.text(answer.token_ids)
-        if self.states:
-            answer.states = torch.stack(self.states)
