@@ -1,6 +1,6 @@
 """First phase: base answers fix the score scales and, where asked for, warm-start the agent."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,7 +41,6 @@ def run_base_phase(
     warm = config.warm_start
     count = warm.answers if warm else config.ppo.scale_answers
     asked = spread(prompts, count, config.seed)
-    openings = openings_of(warm, config.seed) if warm and warm.openings else [""] * count
     with display.phase("base answers", total=count) as phase:
 
         def progress(done: int) -> None:
@@ -50,7 +49,7 @@ def run_base_phase(
 
         answers = runners.answers(
             asked,
-            openings=openings,
+            openings=openings_of(warm, config.seed) if warm and warm.openings else None,
             rule="sample",
             keep_states=warm is not None,
             seed=derived_seed(config.seed, 1),
@@ -59,11 +58,19 @@ def run_base_phase(
     with display.phase("scoring base answers", total=count) as phase:
         scores = score_in_batches(scorer, answers, phase.advance)
     finite = np.isfinite(scores).all(-1)
-    scales, means = score_scales(scorer.names, scores, openings)
+    if finite.sum() < 2:
+        raise DataError("scores: no base answer got finite scores; expected a score each")
+    scales = dict(zip(scorer.names, scores[finite].std(0).tolist(), strict=True))
+    for name, scale in scales.items():
+        if scale == 0:
+            raise DataError(f"score {name!r}: the same for all base answers; nothing to learn from")
     weights = {name: score.weight for name, score in config.scores.items()}
     reward = RewardSpec(weights, scales)
     figures = {f"base/scale_{name}": scale for name, scale in scales.items()}
-    figures |= {f"base/mean_{name}": mean for name, mean in means.items()}
+    figures |= {
+        f"base/mean_{name}": mean
+        for name, mean in zip(scorer.names, scores[finite].mean(0).tolist(), strict=True)
+    }
     figures["base/unscored"] = float((~finite).sum())
     forwards = runners.token_forwards
     if warm is None:
@@ -107,24 +114,6 @@ def score_in_batches(
         if progress is not None:
             progress(len(rows))
     return scores
-
-
-def score_scales(
-    names: Sequence[str], scores: np.ndarray, openings: Sequence[str]
-) -> tuple[dict[str, float], dict[str, float]]:
-    """Standard deviation and mean of each score over the LLM's own answers.
-
-    Those are the answers without an opening; of ``scores`` (N, C) rows that are not finite are left
-    out. Raises DataError where fewer than two answers are left, or a score is the same for all.
-    """
-    own = scores[np.isfinite(scores).all(-1) & (np.array(openings) == "")]
-    if len(own) < 2:
-        raise DataError("scores: no base answer got finite scores; expected a score each")
-    scales = dict(zip(names, own.std(0).tolist(), strict=True))
-    for name, scale in scales.items():
-        if scale == 0:
-            raise DataError(f"score {name!r}: the same for all base answers; nothing to learn from")
-    return scales, dict(zip(names, own.mean(0).tolist(), strict=True))
 
 
 def spread(prompts: list[str], count: int, seed: int) -> list[str]:

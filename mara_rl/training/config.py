@@ -102,7 +102,7 @@ class WarmStartConfig(Section):
     openings: list[Annotated[str, Field(pattern=r"\S")]] = Field(
         [], description="texts some of them begin with, as far as the candidates allow"
     )
-    opened_share: float = Field(0.5, ge=0, lt=1, description="share of them that try an opening")
+    opened_share: float = Field(0.25, ge=0, le=1, description="share of them that try an opening")
     beta: float = Field(0.3, gt=0, description="accept log-odds move by Q differences over this")
     epochs: int = Field(5, ge=1, description="passes of the regression")
     batch_size: int = Field(512, ge=1, description="prefixes per gradient step")

@@ -3,11 +3,7 @@
 from collections import Counter
 from itertools import pairwise
 
-import numpy as np
-import pytest
-
-from mara_rl.errors import DataError
-from mara_rl.training.base_phase import openings_of, score_scales, spread
+from mara_rl.training.base_phase import openings_of, spread
 from mara_rl.training.config import WarmStartConfig
 
 
@@ -26,17 +22,3 @@ def test_a_share_of_the_answers_tries_each_opening() -> None:
     assert abs(counts[""] / 2000 - 0.7) < 0.04
     assert abs(counts["I"] - counts["No, I"]) < 100
     assert openings_of(warm, seed=0) == openings_of(warm, seed=0) != openings_of(warm, seed=1)
-
-
-def test_scales_are_those_of_the_llms_own_answers() -> None:
-    scores = np.array([[1.0, 0.0], [3.0, 4.0], [np.nan, 9.0], [100.0, 50.0], [2.0, 2.0]])
-    scales, means = score_scales(["reward", "cost"], scores, ["", "", "", "I can't", ""])
-    assert means == {"reward": 2.0, "cost": 2.0}
-    assert scales == {
-        "reward": pytest.approx((2 / 3) ** 0.5),
-        "cost": pytest.approx((8 / 3) ** 0.5),
-    }
-    with pytest.raises(DataError, match="no base answer got finite scores"):
-        score_scales(["reward", "cost"], scores, ["", "I", "", "I", "I"])
-    with pytest.raises(DataError, match="score 'reward': the same for all base answers"):
-        score_scales(["reward"], np.ones((4, 1)), [""] * 4)
