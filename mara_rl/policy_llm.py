@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 
 from mara_rl.errors import ConfigError, DataError, first_line
 from mara_rl.home import mara_home
+from mara_rl.packed_linear import pack_linears
 
 SMOLLM2 = "smollm2-135m-instruct"
 
@@ -80,14 +81,20 @@ class PolicyLLM:
 
 
 def load_policy_llm(
-    name: str, *, device: str | torch.device | None = None, dtype: DType | None = None
+    name: str,
+    *,
+    device: str | torch.device | None = None,
+    dtype: DType | None = None,
+    pack: bool = True,
 ) -> PolicyLLM:
     """Load an LLM by shipped name (`SMOLLM2`), hub id, folder or ``.gguf`` file.
 
     ``device`` defaults to the first CUDA device, else the CPU; ``dtype`` to bfloat16 on CUDA, else
-    float32 (a GGUF file's quantised weights are expanded to it). Raises ConfigError naming what was
-    looked for when it is not there or not supported, DataError when a checkpoint is not a causal
-    LLM with a chat template.
+    float32 (a GGUF file's quantised weights are expanded to it). On a CPU the linear layers are
+    packed for its kernels (`pack_linears`) unless ``pack`` is false: to train or save them.
+
+    Raises ConfigError naming what was looked for when it is not there or not supported, DataError
+    when a checkpoint is not a causal LLM with a chat template.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -103,7 +110,10 @@ def load_policy_llm(
     if tokenizer.chat_template is None:
         raise DataError(f"llm {name!r} has no chat template; expected an instruction-tuned LLM")
     placed: Any = model
-    return PolicyLLM(name, placed.to(device), tokenizer)
+    llm = PolicyLLM(name, placed.to(device), tokenizer)
+    if pack:
+        pack_linears(llm.model)
+    return llm
 
 
 def llm_hidden_size(name: str) -> int:

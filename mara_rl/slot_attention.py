@@ -43,6 +43,16 @@ class Layout:
         return padded.flatten(0, 1) if self.full else padded[self.row, self.column]
 
 
+def bias(seen: Tensor, group: int, dtype: torch.dtype) -> Tensor:
+    """What is added to attention logits (R, 1, group · W, view): made once for all layers.
+
+    ``seen`` (R, 1, W, view), bool, is what each token sees; ``group`` the number of heads that
+    share a key head.
+    """
+    hidden = torch.zeros_like(seen, dtype=dtype).masked_fill_(~seen, -torch.inf)
+    return hidden.repeat(1, 1, group, 1) if group > 1 else hidden
+
+
 def slot_attention(
     module: Any,
     query: Tensor,
@@ -60,24 +70,25 @@ def slot_attention(
     Args:
         query: (1, heads, N, D).
         key, value: (R, key heads, view, D).
-        attention_mask: (R, 1, W, view), bool, what each token sees.
+        attention_mask: (R, 1, group · W, view), what `bias` made of what each token sees.
         layout: where the tokens stand.
         scaling, softcap: of the LLM's attention logits.
 
     Returns (1, N, heads, D); the second value is always None.
     """
-    heads, key_heads = query.shape[1], key.shape[1]
-    group = heads // key_heads
+    key_heads = key.shape[1]
+    group = query.shape[1] // key_heads
     # The heads that share a key head become further queries of it: (R, key heads, group · W, D).
     q = layout.unpack(query[0].transpose(0, 1)).unflatten(2, (key_heads, group))
     q = q.permute(0, 2, 3, 1, 4).flatten(2, 3)
-    mask = attention_mask.repeat(1, 1, group, 1) if group > 1 else attention_mask
     if softcap is None:
-        out = torch.nn.functional.scaled_dot_product_attention(q, key, value, mask, scale=scaling)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            q, key, value, attention_mask, scale=scaling
+        )
     else:
         logits = q @ key.transpose(2, 3) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
         logits = torch.tanh(logits / softcap) * softcap
-        logits = logits.float().masked_fill(~mask, -torch.inf)
+        logits = logits.float() + attention_mask
         out = torch.softmax(logits, dim=-1).to(q.dtype) @ value
     out = out.unflatten(2, (group, layout.width)).permute(0, 3, 1, 2, 4).flatten(2, 3)
     return layout.pack(out)[None], None

@@ -38,6 +38,7 @@ class SlotEngine:
         self.forwards = 0
         self._cache = SlotCache(config.num_hidden_layers, num_slots, llm.device)
         self._windows = _attention_windows(config)
+        self._group = config.num_attention_heads // config.num_key_value_heads
         self._all = torch.arange(num_slots)
 
     def clear(self, slots: Sequence[int]) -> None:
@@ -156,7 +157,7 @@ class SlotEngine:
             rows[row].to(device),
             (first[row] + column).to(device),
             longest,
-            None if slots is None else slots.to(device),
+            None if torch.equal(rows, self._all) else rows.to(device),
         )
         places = (first[:, None] + torch.arange(width)).to(device)
         ends = self.lengths[rows][:, None].to(device)
@@ -172,7 +173,9 @@ class SlotEngine:
         # Candidates lie beyond their position, so a window never hides one from what follows it.
         distance = positions[:, None, :, None] - key
         masks = {
-            kind: seen & (distance < window) if window else seen
+            kind: slot_attention.bias(
+                seen & (distance < window) if window else seen, self._group, self.llm.model.dtype
+            )
             for kind, window in self._windows.items()
         }
         mask: Any = masks if len(masks) > 1 else next(iter(masks.values()))

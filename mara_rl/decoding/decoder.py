@@ -130,7 +130,7 @@ class Decoder:
         self._admit()
         self._choose_unseen(self._open_sets(), growths)
         unread = set(self._reader.waiting)
-        slots = [slot for slot in self._running if slot not in unread]
+        slots = sorted(slot for slot in self._running if slot not in unread)
         if slots:
             self._look(slots, growths)
             self._decide(slots, growths)

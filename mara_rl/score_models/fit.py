@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from mara_rl.errors import ConfigError
 from mara_rl.policy_llm import DType
-from mara_rl.score_models.base import pad
 from mara_rl.score_models.bradley_terry import (
     Accuracy,
     accuracy_by_kind,
@@ -138,10 +137,7 @@ def train_lora(
             for batch in torch.randperm(len(pairs), generator=generator).split(PAIRS_PER_STEP):
                 texts = [(pairs[i].prompt, pairs[i].chosen) for i in batch.tolist()]
                 texts += [(pairs[i].prompt, pairs[i].rejected) for i in batch.tolist()]
-                encoded = [layers.encode(*text) for text in texts]
-                inputs = pad([ids for ids, _ in encoded], layers.tokenizer, model.device)
-                lengths = torch.tensor([length for _, length in encoded])
-                better, worse = head(layers.states(inputs, lengths)[:, 0]).squeeze(1).chunk(2)
+                better, worse = head(layers.read(texts)[:, 0]).squeeze(1).chunk(2)
                 loss = nn.functional.softplus(worse - better).mean()
                 optimizer.zero_grad()
                 loss.backward()

@@ -13,9 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from mara_rl import slot_attention
 from mara_rl.errors import ConfigError, DataError, first_line, first_problem
+from mara_rl.packed_linear import pack_linears
 from mara_rl.policy_llm import SMOLLM2, DType, load_policy_llm
-from mara_rl.score_models.base import ScoreType, in_batches, last_token
+from mara_rl.score_models.base import BATCH_SIZE, ScoreType
 from mara_rl.score_models.checkpoint import fill, read_json, read_state_dict
 from mara_rl.score_models.score_head import ScoreHead
 
@@ -23,6 +25,8 @@ CONFIG_FILE = "score.json"
 WEIGHTS_FILE = "model.safetensors"
 ADAPTER_FOLDER = "adapter"
 
+_TEMPLATE_TOKENS = 32  # at most, of the two texts below
+_PROMPT, _PADDING = -1, -2
 _PLAIN_QUOTES = str.maketrans("‘’“”–—", "''\"\"--")
 _BEFORE_PROMPT = "<|im_start|>user\n"
 _BEFORE_RESPONSE = "<|im_end|>\n<|im_start|>assistant\n"
@@ -78,31 +82,83 @@ class LayerSlice:
         return self.tokenizer(text, add_special_tokens=False, **options)["input_ids"]
 
     def features(self, pairs: Sequence[tuple[str, str]]) -> Tensor:
-        """States (N, 2, H) float32 on the CPU of N (prompt, response) pairs; see `states`."""
-        encoded = [self.encode(*pair) for pair in pairs]
-        lengths = torch.tensor([length for _, length in encoded])
+        """States (N, 2, H) float32 on the CPU of N pairs, without gradients; see `read`."""
+        # Answers to one prompt stand together, prompts of like length too.
+        order = sorted(range(len(pairs)), key=lambda i: (len(pairs[i][0]), pairs[i][0]))
+        states = torch.empty(len(pairs), 2, self.hidden_size)
+        with torch.inference_mode():
+            for first in range(0, len(order), BATCH_SIZE):
+                batch = order[first : first + BATCH_SIZE]
+                states[batch] = self.read([pairs[i] for i in batch]).cpu()
+        return states
 
-        def compute(inputs: dict[str, Tensor], rows: list[int]) -> Tensor:
-            return self.states(inputs, lengths[rows])
+    def read(self, pairs: Sequence[tuple[str, str]]) -> Tensor:
+        """States (N, 2, H) of N pairs: pooled over the response, and right before it.
 
-        device = next(self.model.parameters()).device
-        return in_batches([ids for ids, _ in encoded], self.tokenizer, device, compute)
-
-    def states(self, inputs: dict[str, Tensor], prompt_lengths: Tensor) -> Tensor:
-        """States (B, 2, H) of padded ``inputs``: pooled over the response, and right before it.
-
-        ``prompt_lengths`` (B,) are the numbers of tokens before the responses.
+        One forward, in which responses to the same prompt share it: they stand behind it in one
+        row, each at the positions right after the prompt and blind to the others.
         """
-        hidden = self.model(**inputs, use_cache=False).last_hidden_state.float()
+        rows = _Rows([self.encode(*pair) for pair in pairs])
+        device = next(self.model.parameters()).device
+        owner = rows.owner.to(device)
+        hidden = self.model(
+            input_ids=rows.tokens.to(device),
+            position_ids=rows.positions.to(device),
+            attention_mask=slot_attention.bias(rows.seen()[:, None], 1, self.model.dtype).to(
+                device
+            ),
+            use_cache=False,
+        ).last_hidden_state.float()
         hidden = hidden * torch.rsqrt(hidden.square().mean(-1, keepdim=True) + 1e-5)
-        mask, positions = inputs["attention_mask"], inputs["position_ids"]
-        lengths = prompt_lengths.to(hidden.device)[:, None]
-        before = last_token(hidden, mask * (positions < lengths))
+        before = hidden[rows.row, rows.before]
         if self.spec.pooling == "last":
-            return torch.stack([last_token(hidden, mask), before], dim=1)
-        start = torch.minimum(lengths, positions.amax(dim=1, keepdim=True))
-        weights = (mask * (positions >= start)).unsqueeze(-1).float()
-        return torch.stack([(hidden * weights).sum(1) / weights.sum(1), before], dim=1)
+            return torch.stack([hidden[rows.row, rows.last], before], dim=1)
+        answered = owner >= 0
+        pooled = before.new_zeros(before.shape).index_add(0, owner[answered], hidden[answered])
+        counts = owner[answered].bincount(minlength=len(pairs))[:, None]
+        pooled = torch.where(counts > 0, pooled / counts.clamp_min(1), before)
+        return torch.stack([pooled, before], dim=1)
+
+
+class _Rows:
+    """N token sequences in B rows of T: behind each prompt all its responses.
+
+    Attributes:
+        tokens, positions: (B, T), int64.
+        owner: the sequence whose response a token belongs to; `_PROMPT`, `_PADDING` (B, T).
+        row: each sequence's row (N,).
+        before, last: the places of the last token before a response, and of its last token (N,).
+    """
+
+    def __init__(self, sequences: Sequence[tuple[list[int], int]]) -> None:
+        """``sequences``: token ids, and how many of them come before the response."""
+        shared: dict[tuple[int, ...], list[int]] = {}
+        for number, (ids, length) in enumerate(sequences):
+            shared.setdefault(tuple(ids[:length]), []).append(number)
+        self.row, self.before, self.last = (
+            torch.zeros(len(sequences), dtype=torch.long) for _ in range(3)
+        )
+        columns: list[tuple[Tensor, Tensor, Tensor]] = []
+        for row, (prompt, members) in enumerate(shared.items()):
+            tokens, length = list(prompt), len(prompt)
+            positions, owner = list(range(length)), [_PROMPT] * length
+            for number in members:
+                response = sequences[number][0][length:]
+                tokens += response
+                positions += range(length, length + len(response))
+                owner += [number] * len(response)
+                self.row[number], self.before[number] = row, length - 1
+                self.last[number] = len(tokens) - 1 if response else length - 1
+            columns.append((torch.tensor(tokens), torch.tensor(positions), torch.tensor(owner)))
+        tokens_, positions_, owner_ = zip(*columns, strict=True)
+        pad = torch.nn.utils.rnn.pad_sequence
+        self.tokens, self.positions = pad(tokens_, True), pad(positions_, True)
+        self.owner = pad(owner_, True, _PADDING)
+
+    def seen(self) -> Tensor:
+        """Which tokens (last axis) each token sees (B, T, T), bool."""
+        own = self.owner[:, :, None] == self.owner[:, None]
+        return (own | (self.owner == _PROMPT)[:, None]).tril()
 
 
 class SliceScoreModel:
@@ -125,13 +181,21 @@ class SliceScoreModel:
 def open_slice(spec: SliceSpec, device: torch.device, dtype: DType) -> LayerSlice:
     """The frozen layers ``spec`` asks for, without an adapter.
 
-    Raises ConfigError when the backbone has fewer layers or is not there.
+    Raises ConfigError when the backbone has fewer layers, an attention window that the longest
+    text exceeds, or is not there.
     """
-    llm = load_policy_llm(spec.backbone, device=device, dtype=dtype)
+    llm = load_policy_llm(spec.backbone, device=device, dtype=dtype, pack=False)
     model = llm.model.base_model
     available = len(model.layers)
     if spec.num_layers > available:
         raise ConfigError(f"num_layers is {spec.num_layers}; {spec.backbone!r} has {available}")
+    window = getattr(model.config, "sliding_window", None)
+    longest = spec.max_prompt_tokens + spec.max_response_tokens
+    if window is not None and window < longest + _TEMPLATE_TOKENS:
+        raise ConfigError(
+            f"max_prompt_tokens + max_response_tokens is {longest}; the attention window of "
+            f"{spec.backbone!r} leaves {window - _TEMPLATE_TOKENS}"
+        )
     model.layers = model.layers[: spec.num_layers]
     model.norm = nn.Identity()
     return LayerSlice(spec, model, llm.tokenizer)
@@ -147,6 +211,7 @@ def load_slice(name: str, folder: Path, device: torch.device, dtype: DType) -> S
     layers = open_slice(spec, device, dtype)
     if spec.adapter == "lora":
         layers.model = _with_adapter(layers.model, folder / ADAPTER_FOLDER)
+    pack_linears(layers.model)
     head = ScoreHead(layers.hidden_size, gated=spec.gated)
     fill(head, read_state_dict(folder), folder)
     return SliceScoreModel(name, layers, head.float().requires_grad_(False))

@@ -105,10 +105,12 @@ def score_in_batches(
 ) -> np.ndarray:
     """Scores (N, len(scorer.names)), float64, NaN where there is none.
 
-    Answers of like length are scored together, so that little of a batch is padding.
+    Answers to one prompt are scored together, as score models may read it once for all of them,
+    and prompts of like length, so that little of a batch is padding.
     """
     scores = np.full((len(answers), len(scorer.names)), np.nan)
-    order = np.argsort([len(a.prompt) + len(a.text) for a in answers], kind="stable")
+    prompts = [a.prompt for a in answers]
+    order = np.array(sorted(range(len(answers)), key=lambda i: (len(prompts[i]), prompts[i], i)))
     for rows in np.split(order, range(batch_size, len(order), batch_size)):
         scores[rows] = scorer.score([(answers[i].prompt, answers[i].text) for i in rows])
         if progress is not None:

@@ -62,6 +62,23 @@ def test_batching_changes_nothing_whatever_the_padding_side(
     assert model.score(TEXTS) == pytest.approx(alone, abs=1e-5)
 
 
+@pytest.mark.parametrize("pooling", ["mean", "last"])
+def test_responses_that_share_a_prompt_are_blind_to_each_other(tmp_path, tiny_llm, head, pooling):
+    save_slice(tmp_path / "m", spec_of(tiny_llm, pooling=pooling), head)
+    model = load_score_model(tmp_path / "m", device="cpu")
+    prompts = ["Tell me about cats.", "And dogs?"]
+    responses = ["They purr.", "", "Cats are small animals that sleep a lot.", "No.", "They purr."]
+    pairs = [(prompt, response) for response in responses for prompt in prompts]
+    alone = [model.score([pair])[0] for pair in pairs]
+    assert model.score(pairs) == pytest.approx(alone, abs=1e-5)
+    assert len({round(score, 4) for score in alone}) == 8
+
+
+def test_an_attention_window_too_short_is_refused(tiny_llms):
+    with pytest.raises(ConfigError, match=r"max_prompt_tokens.*attention window"):
+        open_slice(spec_of(tiny_llms["mistral"], num_layers=1), CPU, "float32")
+
+
 def test_only_the_sliced_layers_are_kept(tiny_llm):
     layers = open_slice(spec_of(tiny_llm, num_layers=1), CPU, "float32")
     assert len(layers.model.layers) == 1
