@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mara_rl.errors import DataError
 
-Head = Literal["paper", "anchored", "relative"]
+Head = Literal["paper", "anchored", "relative", "advantage"]
 Rule = Literal["argmax_induced", "threshold", "sample"]
 Fallback = Literal["last", "first"]
 
@@ -29,7 +29,7 @@ class AgentSpec(BaseModel):
     @property
     def needs_prefix(self) -> bool:
         """Whether the head also reads the hidden state of the last accepted token."""
-        return self.head == "relative"
+        return self.head in ("relative", "advantage")
 
     def check_llm(self, name: str, hidden_size: int, *, allow_other_llm: bool = False) -> None:
         """Raise DataError unless the agent can (and, by its name, should) be used with an LLM.
@@ -84,6 +84,9 @@ class Agent(nn.Module):
     - ``anchored``: logit r_k + MLP(h_k); untrained it samples exactly as the base LLM.
     - ``relative``: logit r_k + g(h_k) − g(h_prefix), one MLP g, h_prefix the hidden state of the
       last accepted token.
+    - ``advantage``: logit r_k + q(h_k) − v(h_prefix), q and v the two outputs of one MLP: the
+      reward to go with the candidate taken, and before it is. Unlike g, they need not remember
+      what earlier tokens have earned.
     """
 
     def __init__(self, spec: AgentSpec) -> None:
@@ -95,18 +98,26 @@ class Agent(nn.Module):
         """Accept log-odds (...), float32, of candidates with hidden states ``h`` (..., H).
 
         ``base_logit`` (...) is logit r_k. ``h_prefix`` (..., H) is required by the ``relative``
-        head and ignored by the others. Raises ValueError where it is required and missing.
+        and ``advantage`` heads and ignored by the others. Raises ValueError where it is required
+        and missing.
         """
-        term = self.term(h)
+        term = self.terms(h)[0]
         if self.spec.head == "paper":
             return term
-        if self.spec.head == "relative":
+        if self.spec.needs_prefix:
             if h_prefix is None:
-                raise ValueError("head 'relative' needs h_prefix, the last accepted token's state")
-            term = term - self.term(h_prefix)
+                raise ValueError(f"head {self.spec.head!r} needs h_prefix, the last token's state")
+            term = term - self.terms(h_prefix)[1]
         return base_logit.float() + term
 
-    def term(self, h: Tensor) -> Tensor:
-        """The network's own log-odds (...), float32, of hidden states (..., H)."""
+    def terms(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """The network's own log-odds of hidden states (..., H), both (...), float32.
+
+        The first is a candidate's; the second is taken off those of the candidates that follow,
+        once it is the last accepted token (0 for heads that do not read the prefix).
+        """
         logits = self.network(h)
-        return logits[..., 1] - logits[..., 0]
+        if self.spec.head == "advantage":
+            return logits[..., 1], logits[..., 0]
+        own = logits[..., 1] - logits[..., 0]
+        return own, own if self.spec.needs_prefix else torch.zeros_like(own)

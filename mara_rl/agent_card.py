@@ -12,6 +12,8 @@ _HEADS = {
     "anchored": "accept log-odds = logit r_k + MLP(h_k), r_k the LLM's own acceptance probability",
     "relative": "accept log-odds = logit r_k + g(h_k) − g(h_prefix), r_k the LLM's own acceptance "
     "probability",
+    "advantage": "accept log-odds = logit r_k + q(h_k) − v(h_prefix), q and v the outputs of one "
+    "MLP, r_k the LLM's own acceptance probability",
 }
 
 

@@ -48,7 +48,7 @@ class Blend:
         if any(spec.head == "paper" for spec in specs) and scaled != (1.0,):
             raise ConfigError(
                 "strength, weights: an agent with head 'paper' is not anchored to the LLM and "
-                "acts alone at strength 1; expected agents with head 'anchored' or 'relative'"
+                "acts alone at strength 1; expected agents with another head"
             )
         return cls(tuple(agents), scaled)
 
@@ -63,8 +63,8 @@ def blended_terms(blends: Sequence[Blend | None], counts: Tensor, h: Tensor) -> 
     """What each row's agents say of its hidden states: (N, 2), float32, CPU; 0 without agents.
 
     ``h`` (N, H) holds ``counts`` (R,) states for each of R ``blends``. Column 0 is
-    Σ w_i · MLP_i(h), column 1 the same over agents whose head takes a prefix's value off. Each
-    agent's network runs once, over all rows that have it.
+    Σ w_i · term_i, column 1 what is taken off for a last token of this state; see `Agent.terms`.
+    Each agent's network runs once, over all rows that have it.
     """
     shares: dict[Agent, list[float]] = {}
     for row, blend in enumerate(blends):
@@ -79,8 +79,6 @@ def blended_terms(blends: Sequence[Blend | None], counts: Tensor, h: Tensor) -> 
         if not len(rows):
             continue
         everywhere = len(rows) == len(h)
-        term = of_state[rows] * agent.term(h if everywhere else h[rows.to(h.device)]).cpu()
-        terms[rows, 0] += term
-        if agent.spec.needs_prefix:
-            terms[rows, 1] += term
+        both = agent.terms(h if everywhere else h[rows.to(h.device)])
+        terms[rows] += of_state[rows, None] * torch.stack(both, dim=1).cpu()
     return terms

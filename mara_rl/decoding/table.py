@@ -16,8 +16,7 @@ class DecodeTable:
         sets: each slot's candidates.
         looked: candidates looked at, from the first on (S,), int64.
         place: where each of them lies in the engine, counted from the slot's end (S, K), int64.
-        terms: Σ w_i · MLP_i of each candidate looked at, over all agents and over those whose head
-            takes a prefix's value off (S, K, 2), float32.
+        terms: what `blended_terms` says of each candidate looked at (S, K, 2), float32.
         prefix_term: the second of these for the last token taken (S,).
         anchored: whether logit r_k is part of the accept log-odds (S,), bool.
         uniform: number in [0, 1) that `sample` inverts for the next token (S,), float64.

@@ -138,7 +138,7 @@ class _Rows:
         self.row, self.before, self.last = (
             torch.zeros(len(sequences), dtype=torch.long) for _ in range(3)
         )
-        columns: list[tuple[Tensor, Tensor, Tensor]] = []
+        columns: list[list[Tensor]] = [[], [], []]
         for row, (prompt, members) in enumerate(shared.items()):
             tokens, length = list(prompt), len(prompt)
             positions, owner = list(range(length)), [_PROMPT] * length
@@ -149,11 +149,12 @@ class _Rows:
                 owner += [number] * len(response)
                 self.row[number], self.before[number] = row, length - 1
                 self.last[number] = len(tokens) - 1 if response else length - 1
-            columns.append((torch.tensor(tokens), torch.tensor(positions), torch.tensor(owner)))
-        tokens_, positions_, owner_ = zip(*columns, strict=True)
-        pad = torch.nn.utils.rnn.pad_sequence
-        self.tokens, self.positions = pad(tokens_, True), pad(positions_, True)
-        self.owner = pad(owner_, True, _PADDING)
+            for column, values in zip(columns, (tokens, positions, owner), strict=True):
+                column.append(torch.tensor(values))
+        self.tokens, self.positions, self.owner = (
+            nn.utils.rnn.pad_sequence(column, batch_first=True, padding_value=padding)
+            for column, padding in zip(columns, (0, 0, _PADDING), strict=True)
+        )
 
     def seen(self) -> Tensor:
         """Which tokens (last axis) each token sees (B, T, T), bool."""

@@ -21,8 +21,8 @@ class AcceptModel(PythonModel):
     """Accept probabilities (N,), float32, of N candidates.
 
     Input: a dict of float32 arrays ``h`` (N, H), the LLM's last hidden state at each candidate;
-    ``base_logit`` (N,), logit of the LLM's own acceptance probability; for head ``relative`` also
-    ``h_prefix`` (N, H), the state of the last accepted token.
+    ``base_logit`` (N,), logit of the LLM's own acceptance probability; for heads ``relative`` and
+    ``advantage`` also ``h_prefix`` (N, H), the state of the last accepted token.
     """
 
     def load_context(self, context: PythonModelContext) -> None:
@@ -40,20 +40,23 @@ class AcceptModel(PythonModel):
     ) -> np.ndarray:
         inputs = {name: torch.as_tensor(np.asarray(model_input[name])) for name in model_input}
         with torch.inference_mode():
-            logit = self._term(inputs["h"])
-            if self.head == "relative":
-                logit = logit - self._term(inputs["h_prefix"])
+            logit, _ = self._terms(inputs["h"])
+            if self.head in ("relative", "advantage"):
+                logit = logit - self._terms(inputs["h_prefix"])[1]
             if self.head != "paper":
                 logit = logit + inputs["base_logit"].float()
             return torch.sigmoid(logit).numpy()
 
-    def _term(self, h: Tensor) -> Tensor:
+    def _terms(self, h: Tensor) -> tuple[Tensor, Tensor]:
         w = self.weights
         z = F.layer_norm(h.float(), h.shape[-1:], w["ln.weight"], w["ln.bias"])
         z = torch.relu(F.linear(z, w["linear1.weight"], w["linear1.bias"]))
         z = torch.relu(F.linear(z, w["linear2.weight"], w["linear2.bias"]))
         logits = F.linear(z, w["output_linear.weight"], w["output_linear.bias"])
-        return logits[..., 1] - logits[..., 0]
+        if self.head == "advantage":
+            return logits[..., 1], logits[..., 0]
+        own = logits[..., 1] - logits[..., 0]
+        return own, own
 
 
 mlflow.models.set_model(AcceptModel())

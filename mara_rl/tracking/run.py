@@ -136,7 +136,7 @@ class TrackingRun:
     def log_agent(self, folder: Path) -> str:
         """Log a folder of `save_agent` as an MLflow model of this run; its ``models:/<id>`` URI.
 
-        The model maps ``h`` (N, H), ``base_logit`` (N,) and, for head ``relative``, ``h_prefix``
+        The model maps ``h`` (N, H), ``base_logit`` (N,) and, for heads that read it, ``h_prefix``
         (N, H), all float32, to accept probabilities (N,). ``mlflow.pyfunc.load_model`` needs
         mlflow, torch, safetensors and numpy for it. Raises as `log_artifact`, and DataError when
         ``folder`` holds no agent.

@@ -14,7 +14,8 @@ from mara_rl.errors import DataError
 from mara_rl.training.config import TrainConfig, WarmStartConfig
 from mara_rl.training.display import Display
 from mara_rl.training.rollout_group import RolloutGroup, derived_seed
-from mara_rl.training.value_warm_start import BaseAnswer, fit_value, lean
+from mara_rl.training.token_credit import BaseAnswer
+from mara_rl.training.value_warm_start import fit_value, lean, total_epochs
 
 
 @dataclass(frozen=True)
@@ -81,15 +82,15 @@ def run_base_phase(
         for a, row, ok in zip(answers, terms, finite, strict=True)
         if ok and a.states is not None
     ]
-    with display.phase("value warm start", total=warm.epochs) as phase:
+    with display.phase("value warm start", total=total_epochs(warm, spec.head)) as phase:
 
         def epoch_done(done: int) -> None:
             phase.advance(done)
             check_interrupt()
 
-        fit = fit_value(usable, warm, seed=config.seed, progress=epoch_done)
+        fit = fit_value(usable, warm, spec.head, seed=config.seed, progress=epoch_done)
         agent = Agent(spec)
-        lean(agent, fit.advantage, usable, warm.beta)
+        lean(agent, fit, usable, warm.beta)
     figures |= {
         "warm_start/r2": fit.r2,
         "warm_start/r2_within_prompt": fit.r2_within_prompt,

@@ -39,7 +39,7 @@ class CandidatesConfig(Section):
 class AgentConfig(Section):
     """The agent to train."""
 
-    head: Head = Field("relative", description="how the MLP's output becomes an accept log-odds")
+    head: Head = Field("advantage", description="how the MLP's output becomes an accept log-odds")
     rule: Rule = Field("argmax_induced", description="how it decodes")
     fallback: Fallback = Field("last", description="candidate taken when `threshold` accepts none")
 
@@ -104,9 +104,13 @@ class WarmStartConfig(Section):
     )
     opened_share: float = Field(0.25, ge=0, le=1, description="share of them that try an opening")
     beta: float = Field(0.3, gt=0, description="accept log-odds move by Q differences over this")
-    epochs: int = Field(5, ge=1, description="passes of the regression")
+    epochs: int = Field(3, ge=1, description="passes of the value regression")
     batch_size: int = Field(512, ge=1, description="prefixes per gradient step")
     lr: float = Field(3e-4, gt=0)
+    credit_epochs: int = Field(
+        8, ge=0, description="passes of the regression of a token's share in the reward; 0: none"
+    )
+    credit_lr: float = Field(6e-4, gt=0)
     weight_decay: float = Field(1e-2, ge=0)
 
 
@@ -180,7 +184,7 @@ class TrainConfig(Section):
         if not any(score.weight for score in self.scores.values()):
             raise ValueError("scores: every weight is 0; expected at least one that is not")
         if self.warm_start and self.agent.head == "paper":
-            raise ValueError("warm_start: needs agent.head 'anchored' or 'relative', not 'paper'")
+            raise ValueError("warm_start: needs an agent.head anchored to the LLM, not 'paper'")
         rows = self.rollouts.num_runners * self.rollouts.num_slots * self.rollouts.fragment_steps
         if self.ppo.minibatch_size > rows:
             raise ValueError(

@@ -1,12 +1,13 @@
-"""Value warm start: fit Q to base answers, then lean the agent towards higher Q before PPO.
+"""Value warm start: fit values to base answers, then lean the agent towards higher ones.
 
 Answers sampled from the base LLM alone, with their terminal rewards, are Monte Carlo returns of
-every prefix they passed through. Q regresses them from the prefix's hidden state; an agent whose
-accept log-odds are logit r_k + (Q(h_k) − Q(h_prefix)) / β is close to the optimum of reward − β·KL.
+every prefix they passed through. Two outputs of one network regress the reward to go from a state:
+q with the state's own token still to be credited, v after it. An agent whose accept log-odds are
+logit r_k + (q(h_k) − v(h_prefix)) / β is close to the optimum of reward − β·KL.
 
-The agent needs differences of Q within one answer only. Its Q is therefore fitted to the reward
-above the mean of the same prompt's other answers (the leave-one-out baseline): what a prompt is
-worth cancels there, and so does the noise of fitting it.
+The agent needs differences within one answer only. What is fitted is therefore the reward above the
+mean of the same prompt's other answers (the leave-one-out baseline): what a prompt is worth cancels
+there, and so does the noise of fitting it.
 """
 
 import math
@@ -16,33 +17,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mara_rl.agent import AcceptNetwork, Agent
+from mara_rl.agent import AcceptNetwork, Agent, Head
 from mara_rl.errors import DataError
 from mara_rl.training.config import WarmStartConfig
-
-
-@dataclass(frozen=True)
-class BaseAnswer:
-    """States (T + 1, H), float16, along one sampled base answer, and the terms of its reward.
-
-    ``terms`` (C,): one per score, already weighted; their sum is the terminal reward.
-    """
-
-    prompt: str
-    states: Tensor
-    terms: Tensor
+from mara_rl.training.token_credit import (
+    BaseAnswer,
+    above_others,
+    earned,
+    fit_credit,
+    seeded_network,
+)
 
 
 @dataclass(frozen=True)
 class ValueFit:
     """Fitted networks (one output each) and their R² on answers to prompts they never saw.
 
-    ``value`` is Q; ``advantage`` is Q above the prompt's baseline. ``r2`` is of ``value`` over all
-    prefixes, ``r2_within_prompt`` of ``advantage`` at answers' ends, around the prompt's mean.
+    Attributes:
+        value: the terminal reward expected of a prefix.
+        candidate: q, the reward to go above the prompt's baseline, the last token's credit in it.
+        prefix: v, the same after that credit; shares all but the output with ``candidate``.
+        r2: of ``value`` over all prefixes.
+        r2_within_prompt: of Σ q(h_t) − v(h_{t−1}) over whole answers, around the prompt's mean.
     """
 
     value: AcceptNetwork
-    advantage: AcceptNetwork
+    candidate: AcceptNetwork
+    prefix: AcceptNetwork
     r2: float
     r2_within_prompt: float
 
@@ -50,17 +51,21 @@ class ValueFit:
 def fit_value(
     answers: Sequence[BaseAnswer],
     config: WarmStartConfig,
+    head: Head,
     *,
     seed: int,
     progress: Callable[[int], None] | None = None,
 ) -> ValueFit:
-    """Fit Q(h), with and without the prompt's baseline, by least squares.
+    """Fit values for an agent with ``head`` by least squares.
 
-    One network is fitted with an output per term of the reward, once with and once without the
-    baseline; then the terms are summed. Terms that disagree teach the shared layers more than their
-    sum does. The last epochs run at a falling learning rate rather than being chosen among, because
-    the error on few held-out prompts is too noisy to choose by. A tenth of the prompts is held out
-    to measure R². ``progress`` is told of every epoch done.
+    Rewards are spread over tokens first (`fit_credit`), unless ``config.credit_epochs`` is 0 or the
+    head is ``relative``, whose one value for both states is a whole answer's: then q = v.
+
+    One network is fitted with an output per term of the reward and kind of value; then the terms
+    are summed. Terms that disagree teach the shared layers more than their sum does. The learning
+    rate falls rather than epochs being chosen among, because the error on few held-out prompts is
+    too noisy to choose by. A tenth of the prompts is held out to measure R². ``progress`` is told
+    of every epoch done, see `total_epochs`.
 
     Raises DataError for answers to fewer than two prompts, and when the error is not finite.
     """
@@ -71,12 +76,20 @@ def fit_value(
     order = torch.randperm(len(prompts), generator=generator).tolist()
     held = {prompts[i] for i in order[: max(1, len(prompts) // 10)]}
     train = [a for a in answers if a.prompt not in held]
+    terms = torch.stack([a.terms.float() for a in train])
+    spread = [torch.zeros(len(a.states), terms.shape[1]) for a in train]
+    if _credits(config, head):
+        spread = earned(fit_credit(train, config, seed=seed, progress=progress), train)
     states = torch.cat([a.states for a in train])
-    returns = torch.cat([_advantages(train), torch.stack([a.terms.float() for a in train])], dim=1)
-    targets = torch.cat([r.expand(len(a.states), -1) for a, r in zip(train, returns, strict=True)])
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        network = AcceptNetwork(states.shape[-1], outputs=targets.shape[-1], zero_output=True)
+    targets = torch.cat(
+        [
+            torch.cat([advantage - _before(done), advantage - done, whole.expand(len(done), -1)], 1)
+            for advantage, done, whole in zip(
+                above_others(train, terms), spread, terms, strict=True
+            )
+        ]
+    )
+    network = seeded_network(states.shape[-1], targets.shape[-1], seed)
     network.output_linear.bias.data.copy_(targets.mean(0))
     optimizer = torch.optim.AdamW(
         network.parameters(), lr=config.lr, weight_decay=config.weight_decay
@@ -96,21 +109,26 @@ def fit_value(
             raise DataError("warm_start: the value regression's error is not finite")
         if progress is not None:
             progress(1)
-    terms = targets.shape[-1] // 2
-    advantage, value = (_summed(network, slice(first, first + terms)) for first in (0, terms))
-    explained = _explained(value, advantage, [a for a in answers if a.prompt in held])
-    return ValueFit(value, advantage, *explained)
+    count = terms.shape[1]
+    candidate, prefix, value = (
+        _summed(network, slice(first, first + count)) for first in (0, count, 2 * count)
+    )
+    explained = _explained(value, candidate, prefix, [a for a in answers if a.prompt in held])
+    return ValueFit(value, candidate, prefix, *explained)
 
 
-def _advantages(answers: Sequence[BaseAnswer]) -> Tensor:
-    """Terms (N, C) above their mean over the prompt's other answers; if none, over all answers."""
-    terms = torch.stack([a.terms.float() for a in answers])
-    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(a.prompt for a in answers))}
-    rows = torch.tensor([number[a.prompt] for a in answers])
-    totals = torch.zeros(len(number), terms.shape[1]).index_add(0, rows, terms)[rows]
-    others = rows.bincount()[rows, None] - 1
-    baseline = torch.where(others > 0, (totals - terms) / others.clamp_min(1), terms.mean(0))
-    return terms - baseline
+def total_epochs(config: WarmStartConfig, head: Head) -> int:
+    """How many epochs `fit_value` runs."""
+    return config.epochs + (config.credit_epochs if _credits(config, head) else 0)
+
+
+def _credits(config: WarmStartConfig, head: Head) -> bool:
+    return config.credit_epochs > 0 and head != "relative"
+
+
+def _before(done: Tensor) -> Tensor:
+    """What was earned before each state's token (T + 1, C); the first state is the prompt's."""
+    return torch.cat([done[:1], done[:-1]])
 
 
 def _summed(network: AcceptNetwork, outputs: slice) -> AcceptNetwork:
@@ -123,31 +141,32 @@ def _summed(network: AcceptNetwork, outputs: slice) -> AcceptNetwork:
     return summed
 
 
-def lean(agent: Agent, q: AcceptNetwork, answers: Sequence[BaseAnswer], beta: float) -> None:
-    """Set the agent's network so that its term is the difference of Q that accepting makes, over β.
+def lean(agent: Agent, fit: ValueFit, answers: Sequence[BaseAnswer], beta: float) -> None:
+    """Set the agent's network so that accepting counts for what it changes in value, over β.
 
-    ``relative``: g = Q / β exactly. ``anchored``: an MLP fitted to Q(h_k) − Q(h_prefix) on the
-    tokens of the answers. Raises ValueError for other heads, which cannot start at the base LLM.
+    ``advantage`` and ``relative``: exactly. ``anchored``: by an MLP fitted to q(h_k) − v(h_prefix)
+    on the tokens of the answers. Raises ValueError for ``paper``, which cannot start at the base
+    LLM.
     """
-    if agent.spec.head == "relative":
-        network = q
-    elif agent.spec.head == "anchored":
-        network = _fitted_differences(q, answers)
-    else:
-        raise ValueError(f"head {agent.spec.head!r}: expected 'relative' or 'anchored'")
+    network, taken_off = fit.candidate, fit.prefix
+    if agent.spec.head == "paper":
+        raise ValueError("head 'paper': expected one that is anchored to the LLM")
+    if agent.spec.head == "anchored":
+        network = _fitted_differences(fit, answers)
     state = network.state_dict()
     for key in ("output_linear.weight", "output_linear.bias"):
-        state[key] = torch.cat([torch.zeros_like(state[key]), state[key] / beta])
+        other = torch.zeros_like(state[key])
+        if agent.spec.head == "advantage":
+            other = taken_off.state_dict()[key] / beta
+        state[key] = torch.cat([other, state[key] / beta])
     agent.network.load_state_dict(state)
 
 
-def _fitted_differences(q: AcceptNetwork, answers: Sequence[BaseAnswer]) -> AcceptNetwork:
-    with torch.no_grad():
-        differences = [q(a.states)[:, 0].diff() for a in answers]
+def _fitted_differences(fit: ValueFit, answers: Sequence[BaseAnswer]) -> AcceptNetwork:
+    targets = torch.cat([_steps(fit.candidate, fit.prefix, a) for a in answers])
     states = torch.cat([a.states[1:] for a in answers])
-    targets = torch.cat(differences)
     network = AcceptNetwork(states.shape[-1], outputs=1)
-    network.load_state_dict(q.state_dict())
+    network.load_state_dict(fit.candidate.state_dict())
     optimizer = torch.optim.AdamW(network.parameters(), lr=3e-4)
     generator = torch.Generator().manual_seed(0)
     for _ in range(4):
@@ -160,18 +179,27 @@ def _fitted_differences(q: AcceptNetwork, answers: Sequence[BaseAnswer]) -> Acce
 
 
 @torch.no_grad()
+def _steps(candidate: AcceptNetwork, prefix: AcceptNetwork, answer: BaseAnswer) -> Tensor:
+    """q(h_t) − v(h_{t−1}) of an answer's tokens (T,)."""
+    return candidate(answer.states[1:])[:, 0] - prefix(answer.states[:-1])[:, 0]
+
+
+@torch.no_grad()
 def _explained(
-    value: AcceptNetwork, advantage: AcceptNetwork, answers: Sequence[BaseAnswer]
+    value: AcceptNetwork,
+    candidate: AcceptNetwork,
+    prefix: AcceptNetwork,
+    answers: Sequence[BaseAnswer],
 ) -> tuple[float, float]:
-    """R² of both networks as in `ValueFit`; the second NaN without a prompt answered twice."""
+    """R² of the networks as in `ValueFit`; the second NaN without a prompt answered twice."""
     states = torch.cat([a.states for a in answers])
     targets = torch.cat([a.terms.sum().float().expand(len(a.states)) for a in answers])
     error = targets - value(states)[:, 0]
     r2 = 1 - (error.var() / targets.var().clamp_min(1e-9)).item()
     by_prompt: dict[str, list[tuple[float, float]]] = {}
     for a in answers:
-        last = advantage(a.states[-1:])[0, 0].item()
-        by_prompt.setdefault(a.prompt, []).append((last, a.terms.sum().item()))
+        expected = _steps(candidate, prefix, a).sum().item()
+        by_prompt.setdefault(a.prompt, []).append((expected, a.terms.sum().item()))
     pairs = [torch.tensor(rows) for rows in by_prompt.values() if len(rows) > 1]
     if not pairs:
         return r2, float("nan")

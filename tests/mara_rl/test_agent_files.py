@@ -18,7 +18,7 @@ def saved(tmp_path):
     return tmp_path / "agent"
 
 
-@pytest.mark.parametrize("head", ["paper", "anchored", "relative"])
+@pytest.mark.parametrize("head", ["paper", "anchored", "relative", "advantage"])
 def test_a_saved_agent_comes_back_the_same(tmp_path, head):
     agent = make_agent(head, rule="sample", fallback="first", top_k=7, top_p=0.5)
     save_agent(agent, tmp_path / "new" / "agent", metadata={"note": "ä"})

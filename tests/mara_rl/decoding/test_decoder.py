@@ -19,7 +19,7 @@ from mara_rl.policy_llm import PolicyLLM
 
 PROMPTS = ["Hi", "How do I bake bread?", "What is the time in Lima?", "a", "Tell me a story."]
 MAX_NEW_TOKENS = 9
-HEADS = ["paper", "anchored", "relative"]
+HEADS = ["paper", "anchored", "relative", "advantage"]
 
 
 def decode(
@@ -175,9 +175,10 @@ def test_what_follows_a_leader_is_looked_at_in_the_same_forward(
 
 
 def test_a_blend_adds_the_terms_of_its_agents(any_llm: PolicyLLM) -> None:
-    agents = tuple(random_agent(any_llm, head, top_k=6) for head in ("anchored", "relative"))
-    blend = Blend.of(agents, [0.7, 1.9])
-    answers = decode(any_llm, PROMPTS, agents=agents, weights=(0.7, 1.9), rule="sample")
+    agents = tuple(random_agent(any_llm, head, top_k=6) for head in HEADS[1:])
+    weights = (0.7, 1.9, 0.6)
+    blend = Blend.of(agents, weights)
+    answers = decode(any_llm, PROMPTS, agents=agents, weights=weights, rule="sample")
     serial = Serial(any_llm, blend, rule="sample")
     assert [a.token_ids for a in answers] == [serial.answer(p, i) for i, p in enumerate(PROMPTS)]
 

@@ -37,12 +37,12 @@ def logged_location(uri: str, folder: Path) -> str:
     return model.artifact_location
 
 
-@pytest.mark.parametrize("head", ["paper", "anchored", "relative"])
+@pytest.mark.parametrize("head", ["paper", "anchored", "relative", "advantage"])
 def test_the_model_is_the_agent(sqlite_uri, make_agent, head):
     folder = make_agent(head=head)
     model = mlflow.pyfunc.load_model(logged_location(sqlite_uri, folder))
     for rows in (1, 5):
-        values = inputs(rows, prefix=head == "relative")
+        values = inputs(rows, prefix=head in ("relative", "advantage"))
         found = model.predict(values)
         assert found.dtype == np.float32
         assert found.shape == (rows,)

@@ -3,20 +3,22 @@
 import pytest
 import torch
 
-from mara_rl.agent import Agent, AgentSpec
+from mara_rl.agent import Agent, AgentSpec, Head
 from mara_rl.errors import DataError
 from mara_rl.training.config import WarmStartConfig
-from mara_rl.training.value_warm_start import BaseAnswer, fit_value, lean
+from mara_rl.training.token_credit import BaseAnswer, above_others, earned, fit_credit
+from mara_rl.training.value_warm_start import fit_value, lean, total_epochs
 
-H = 8
+H = 32
 
 
-def answers(n: int = 200) -> list[BaseAnswer]:
+def answers(n: int = 300) -> list[BaseAnswer]:
     """The reward is the first component of the answer's mean state, made up of two terms."""
     made = []
     for i in range(n):
         offset = torch.randn(H)
-        states = (offset + 0.3 * torch.randn(6, H)).half()
+        states = (offset + 0.2 * torch.randn(12, H)).half()
+        states[0] -= offset.half()  # the prompt's state knows nothing of the answer
         made.append(
             BaseAnswer(f"prompt {i // 4}", states, torch.stack([offset[0] + offset[1], -offset[1]]))
         )
@@ -25,16 +27,20 @@ def answers(n: int = 200) -> list[BaseAnswer]:
 
 @pytest.fixture(scope="module")
 def config() -> WarmStartConfig:
-    return WarmStartConfig(answers=200, epochs=15, batch_size=64, lr=1e-3)
+    return WarmStartConfig(answers=200, epochs=15, batch_size=64, lr=1e-3, credit_lr=1e-3)
 
 
-def test_fit_explains_prompts_it_never_saw_and_is_seeded(config: WarmStartConfig) -> None:
-    data = answers()
-    fit = fit_value(data, config, seed=3)
+@pytest.mark.parametrize("head", ["relative", "advantage"])
+def test_fit_explains_prompts_it_never_saw_and_is_seeded(
+    config: WarmStartConfig, head: Head
+) -> None:
+    data, done = answers(), []
+    fit = fit_value(data, config, head, seed=3, progress=done.append)
+    assert sum(done) == total_epochs(config, head)
     assert fit.r2 > 0.6
     assert fit.r2_within_prompt > 0.6
-    again = fit_value(data, config, seed=3)
-    for name in ("value", "advantage"):
+    again = fit_value(data, config, head, seed=3)
+    for name in ("value", "candidate", "prefix"):
         first, second = getattr(fit, name), getattr(again, name)
         for a, b in zip(first.parameters(), second.parameters(), strict=True):
             assert torch.equal(a, b)
@@ -44,39 +50,77 @@ def test_the_advantage_does_not_see_what_a_whole_prompt_is_worth(config: WarmSta
     data = [
         BaseAnswer(a.prompt, a.states, a.terms + 10 * (i // 4 % 2)) for i, a in enumerate(answers())
     ]
-    fit = fit_value(data, config, seed=0)
+    fit = fit_value(data, config, "advantage", seed=0)
     even, odd = (torch.cat([a.states for a in data if int(a.prompt[7:]) % 2 == r]) for r in (0, 1))
     with torch.no_grad():
-        assert abs(fit.advantage(even).mean() - fit.advantage(odd).mean()) < 1
+        for network in (fit.candidate, fit.prefix):
+            assert abs(network(even).mean() - network(odd).mean()) < 1
         assert fit.value(odd).mean() > 5
     alone = [data[0], data[4], *data[8:]]
-    assert torch.isfinite(fit_value(alone, config, seed=0).advantage(even)).all()
+    assert torch.isfinite(fit_value(alone, config, "advantage", seed=0).prefix(even)).all()
 
 
 def test_a_fit_that_diverges_and_a_single_prompt_are_errors(config: WarmStartConfig) -> None:
     data = answers(8)
     with pytest.raises(DataError, match="answers to 1 prompt"):
-        fit_value(data[:4], config, seed=0)
+        fit_value(data[:4], config, "relative", seed=0)
     broken = [BaseAnswer(a.prompt, a.states, torch.tensor([float("inf"), 0.0])) for a in data]
-    with pytest.raises(DataError, match="error is not finite"):
-        fit_value(broken, config, seed=0)
+    for head in ("relative", "advantage"):
+        with pytest.raises(DataError, match="error is not finite"):
+            fit_value(broken, config, head, seed=0)
 
 
-def test_relative_agent_moves_by_the_difference_of_q(config: WarmStartConfig) -> None:
+def test_the_head_moves_by_what_accepting_changes_in_value(config: WarmStartConfig) -> None:
     data = answers()
-    q = fit_value(data, config, seed=0).advantage
-    agent = Agent(AgentSpec(hidden_size=H, head="relative"))
-    lean(agent, q, data, beta=0.5)
     h, prefix, base = torch.randn(5, H), torch.randn(5, H), torch.randn(5)
-    expected = base + (q(h) - q(prefix))[:, 0] / 0.5
-    torch.testing.assert_close(agent.accept_logit(h, base, prefix), expected)
+    for head in ("relative", "advantage"):
+        fit = fit_value(data, config, head, seed=0)
+        agent = Agent(AgentSpec(hidden_size=H, head=head))
+        lean(agent, fit, data, beta=0.5)
+        expected = base + (fit.candidate(h) - fit.prefix(prefix))[:, 0] / 0.5
+        torch.testing.assert_close(agent.accept_logit(h, base, prefix), expected)
+        same = torch.equal(fit.candidate(h), fit.prefix(h))
+        assert same == (head == "relative")  # without credit there is one value for both
 
 
-def test_anchored_agent_prefers_what_raises_q(config: WarmStartConfig) -> None:
+def test_anchored_agent_prefers_what_raises_the_value(config: WarmStartConfig) -> None:
     data = answers()
-    q = fit_value(data, config, seed=0).advantage
+    fit = fit_value(data, config, "anchored", seed=0)
     agent = Agent(AgentSpec(hidden_size=H, head="anchored"))
-    lean(agent, q, data, beta=0.1)
+    lean(agent, fit, data, beta=0.1)
     assert agent.accept_logit(torch.randn(3, H), torch.zeros(3)).shape == (3,)
     with pytest.raises(ValueError, match="paper"):
-        lean(Agent(AgentSpec(hidden_size=H, head="paper")), q, data, beta=1)
+        lean(Agent(AgentSpec(hidden_size=H, head="paper")), fit, data, beta=1)
+
+
+def forgetful(n: int = 240) -> list[BaseAnswer]:
+    """Answers whose reward is the mean of what each token says: no state remembers the others."""
+    made = []
+    for i in range(n):
+        states = torch.randn(4 + i % 5, H).half()
+        terms = torch.stack([states[1:, 0].float().mean(), states[1:, 1].float().mean()])
+        made.append(BaseAnswer(f"prompt {i // 4}", states, terms + i // 4))
+    return made
+
+
+def test_credit_finds_each_tokens_share(config: WarmStartConfig) -> None:
+    data = forgetful()
+    credit = fit_credit(data, config, seed=0)
+    states = torch.randn(50, H)
+    with torch.no_grad():
+        for term in range(2):
+            assert (
+                torch.corrcoef(torch.stack([credit(states)[:, term], states[:, term]]))[0, 1] > 0.8
+            )
+    for answer, done in zip(data, earned(credit, data), strict=True):
+        assert done.shape == (len(answer.states), 2)
+        assert not done[0].any()
+    with_credit = fit_value(data, config, "advantage", seed=0).r2_within_prompt
+    without = fit_value(data, config, "relative", seed=0).r2_within_prompt
+    assert with_credit > 0.5 > 0.2 > without
+
+
+def test_others_are_those_of_the_same_prompt() -> None:
+    data = [BaseAnswer(p, torch.zeros(2, H), torch.zeros(1)) for p in ("a", "a", "a", "b")]
+    found = above_others(data, torch.tensor([[1.0], [2.0], [6.0], [3.0]]))
+    assert found[:, 0].tolist() == [-3.0, -1.5, 4.5, 0.0]

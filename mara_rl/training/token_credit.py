@@ -1,0 +1,121 @@
+"""Credit: which share of an answer's reward each of its tokens has earned.
+
+A state late in an answer says little of what the answer's beginning was worth. Rewards are
+therefore spread over tokens first (return decomposition, after RUDDER, arXiv 1806.07857): a network
+c is fitted so that the mean of c over an answer's tokens gives its reward, up to what the prompt is
+worth. What is still to be earned after a token then depends on later tokens alone.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mara_rl.agent import AcceptNetwork
+from mara_rl.errors import DataError
+from mara_rl.training.config import WarmStartConfig
+
+_PROMPTS_PER_STEP = 16
+
+
+@dataclass(frozen=True)
+class BaseAnswer:
+    """States (T + 1, H), float16, along one sampled base answer, and the terms of its reward.
+
+    ``terms`` (C,): one per score, already weighted; their sum is the terminal reward.
+    """
+
+    prompt: str
+    states: Tensor
+    terms: Tensor
+
+
+def above_others(answers: Sequence[BaseAnswer], values: Tensor) -> Tensor:
+    """Values (N, C) of answers above their mean over the prompt's other answers.
+
+    Without others, above the mean over all answers.
+    """
+    rows = _prompt_numbers(answers)
+    totals = torch.zeros(int(rows.max()) + 1, values.shape[1]).index_add(0, rows, values)[rows]
+    others = rows.bincount()[rows, None] - 1
+    mean = torch.where(others > 0, (totals - values) / others.clamp_min(1), values.mean(0))
+    return values - mean
+
+
+def fit_credit(
+    answers: Sequence[BaseAnswer],
+    config: WarmStartConfig,
+    *,
+    seed: int,
+    progress: Callable[[int], None] | None = None,
+) -> AcceptNetwork:
+    """The network c, with an output per term: its mean over an answer's tokens is the reward.
+
+    Fitted within prompts: what all answers to one have in common is left out on both sides.
+    Raises DataError when the error is not finite.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    terms = torch.stack([a.terms.float() for a in answers])
+    network = seeded_network(answers[0].states.shape[-1], terms.shape[1], seed)
+    optimizer = torch.optim.AdamW(
+        network.parameters(), lr=config.credit_lr, weight_decay=config.weight_decay
+    )
+    prompts = _prompt_numbers(answers)
+    steps = config.credit_epochs * math.ceil((int(prompts.max()) + 1) / _PROMPTS_PER_STEP)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, config.credit_lr, total_steps=steps + 1, pct_start=0.1
+    )
+    members = [(prompts == number).nonzero()[:, 0] for number in range(int(prompts.max()) + 1)]
+    for _ in range(config.credit_epochs):
+        for chosen in torch.randperm(len(members), generator=generator).split(_PROMPTS_PER_STEP):
+            rows = torch.cat([members[number] for number in chosen.tolist()])
+            states = [answers[row].states[1:] for row in rows.tolist()]
+            counts = torch.tensor([len(part) for part in states])
+            owner = torch.arange(len(rows)).repeat_interleave(counts)
+            credit = network(torch.cat(states))
+            sums = credit.new_zeros(len(rows), credit.shape[1]).index_add(0, owner, credit)
+            error = terms[rows] - sums / counts[:, None]
+            same = prompts[rows][:, None] == prompts[rows]
+            loss = (error - (same / same.sum(1, keepdim=True)) @ error).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        if not torch.isfinite(loss):
+            raise DataError("warm_start: the credit regression's error is not finite")
+        if progress is not None:
+            progress(1)
+    return network
+
+
+@torch.no_grad()
+def earned(credit: AcceptNetwork, answers: Sequence[BaseAnswer]) -> list[Tensor]:
+    """What each answer has earned by each of its states, above the prompt's others (T + 1, C).
+
+    The others' mean is taken off evenly over the tokens.
+    """
+    sums = []
+    for answer in answers:
+        shares = credit(answer.states) / (len(answer.states) - 1)
+        shares[0] = 0.0  # the prompt's state has earned nothing
+        sums.append(shares.cumsum(0))
+    totals = torch.stack([part[-1] for part in sums])
+    common = totals - above_others(answers, totals)
+    return [
+        part - torch.linspace(0, 1, len(part))[:, None] * mean
+        for part, mean in zip(sums, common, strict=True)
+    ]
+
+
+def seeded_network(hidden_size: int, outputs: int, seed: int) -> AcceptNetwork:
+    """A network that says 0 of every state, its inner layers drawn with ``seed``."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AcceptNetwork(hidden_size, outputs=outputs, zero_output=True)
+
+
+def _prompt_numbers(answers: Sequence[BaseAnswer]) -> Tensor:
+    number = {prompt: i for i, prompt in enumerate(dict.fromkeys(a.prompt for a in answers))}
+    return torch.tensor([number[a.prompt] for a in answers])
