@@ -3,7 +3,8 @@
 Run with `make bench-decode`. The rates of a line are taken in turn in one process, on the same LLM,
 dtype, threads and prompts; quote the ratios, the absolute figures depend on the machine.
 
-- generate: greedy `generate` of transformers, left-padded where prompts are several.
+- generate: greedy `generate` of transformers as it comes, left-padded where prompts are several;
+  and on the LLM as we load it, its linear layers packed for the CPU (`packed generate`).
 - aligned: `Decoder` with the agent's own rule.
 - serial: one candidate a forward (`CandidateWalk`), with an actor seeded so that it examines as
   many candidates per decision as published (5.4).
@@ -142,6 +143,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     llm = load_policy_llm(arguments.llm, dtype=arguments.dtype)
+    stock = load_policy_llm(arguments.llm, dtype=arguments.dtype, pack=False)
     agent = load_agent(arguments.agent).to(llm.device)
     prompts = [p.prompt for p in packaged_prompts("heldout")[: arguments.prompts]]
     settings = DecodeSettings(
@@ -153,21 +155,28 @@ def main() -> None:
         f"k {arguments.top_k}, p {arguments.top_p}, agent {agent.spec.head}/{agent.spec.rule}"
     )
     for batch in arguments.batches:
-        ratios, sizes = [], []
+        ratios, packed_ratios, sizes, forwards = [], [], [], []
         decoder, blend = Decoder(llm, batch), Blend.of([agent])
         aligned(llm, decoder, blend, prompts[:batch], settings)
-        generate(llm, prompts[:batch], arguments.tokens)
+        for other in (stock, llm):
+            generate(other, prompts[:batch], arguments.tokens)
         for start in range(0, len(prompts), batch):
             chunk = prompts[start : start + batch]
-            count, seconds = generate(llm, chunk, arguments.tokens)
+            before = decoder.engine.forwards
+            count, seconds = generate(stock, chunk, arguments.tokens)
             ours, our_seconds, _ = aligned(llm, decoder, blend, chunk, settings)
+            packed_count, packed_seconds = generate(llm, chunk, arguments.tokens)
             ratios.append((ours / our_seconds) / (count / seconds))
+            packed_ratios.append((ours / our_seconds) / (packed_count / packed_seconds))
             sizes.append((count / seconds, ours / our_seconds))
+            forwards.append((decoder.engine.forwards - before) / ours * len(chunk))
         plain, steered = (sum(column) / len(sizes) for column in zip(*sizes, strict=True))
         looked = decoder.engine.candidate_tokens / max(1, decoder.engine.forwards)
         print(
             f"batch {batch}: generate {plain:.1f} tokens/s, aligned greedy {steered:.1f}, "
-            f"{looked / batch:.2f} candidates a slot and forward; "
+            f"{looked / batch:.2f} candidates a slot and forward, "
+            f"{median(forwards):.2f} forwards a token; "
+            f"{median(packed_ratios):.3f} of packed generate; "
             f"aligned / generate tokens per second, ratio {median(ratios):.3f}",
             flush=True,
         )

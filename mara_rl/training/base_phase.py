@@ -12,7 +12,7 @@ from mara_rl.agent import AcceptNetwork, Agent, AgentSpec
 from mara_rl.decoding.answer import DecodedAnswer
 from mara_rl.errors import DataError
 from mara_rl.training.config import TrainConfig, WarmStartConfig
-from mara_rl.training.display import Display
+from mara_rl.training.display import Display, Phase
 from mara_rl.training.rollout_group import RolloutGroup, derived_seed
 from mara_rl.training.token_credit import BaseAnswer
 from mara_rl.training.value_warm_start import fit_value, lean, total_epochs
@@ -38,64 +38,100 @@ def run_base_phase(
     display: Display,
     check_interrupt: Callable[[], None],
 ) -> BasePhase:
-    """Sample, score and (with a warm start) learn from answers of the base LLM alone."""
+    """Sample, score and (with a warm start) learn from answers: first of the base LLM alone.
+
+    They fix the score scales. Later rounds of a warm start add answers of the agent so far: what it
+    would now do wrongly is what the values fitted to base answers know least of.
+    """
     warm = config.warm_start
-    count = warm.answers if warm else config.ppo.scale_answers
-    asked = spread(prompts, count, config.seed)
-    with display.phase("base answers", total=count) as phase:
 
-        def progress(done: int) -> None:
-            phase.advance(done)
-            check_interrupt()
+    def sampled(number: int, count: int, agent: Agent | None) -> _ScoredAnswers:
+        whose = "base answers" if agent is None else f"answers of round {number + 1}"
+        with display.phase(whose, total=count) as phase:
 
-        answers = runners.answers(
-            asked,
-            openings=openings_of(warm, config.seed) if warm and warm.openings else None,
-            rule="sample",
-            keep_states=warm is not None,
-            seed=derived_seed(config.seed, 1),
-            progress=progress,
-        )
-    with display.phase("scoring base answers", total=count) as phase:
-        scores = score_in_batches(scorer, answers, phase.advance)
-    finite = np.isfinite(scores).all(-1)
+            def progress(done: int) -> None:
+                phase.advance(done)
+                check_interrupt()
+
+            answers = runners.answers(
+                spread(prompts, count, derived_seed(config.seed, 3, number)),
+                openings=openings_of(warm, count, config.seed) if warm and not number else None,
+                agent=agent,
+                rule="sample",
+                keep_states=warm is not None,
+                seed=derived_seed(config.seed, 1, number),
+                progress=progress,
+            )
+        with display.phase(f"scoring {whose}", total=count) as phase:
+            scores = score_in_batches(scorer, answers, phase.advance)
+        return _ScoredAnswers(answers, scores)
+
+    count = warm.answers // warm.rounds if warm else config.ppo.scale_answers
+    found = sampled(0, count, None)
+    reward, figures = _scaled_reward(config, scorer.names, found)
+    if warm is None:
+        return BasePhase(reward, figures, runners.token_forwards, None, None)
+    usable: list[BaseAnswer] = []
+    agent: Agent | None = None
+    for number in range(warm.rounds):
+        if agent is not None:
+            found = sampled(number, count, agent)
+        usable.extend(found.usable(reward, scorer.names))
+        with display.phase("value warm start", total=total_epochs(warm, spec.head)) as phase:
+
+            def epoch_done(done: int, phase: Phase = phase) -> None:
+                phase.advance(done)
+                check_interrupt()
+
+            fit = fit_value(usable, warm, spec.head, seed=config.seed, progress=epoch_done)
+            agent = Agent(spec)
+            lean(agent, fit, usable, warm.beta)
+    figures |= {
+        "warm_start/r2": fit.r2,
+        "warm_start/r2_within_prompt": fit.r2_within_prompt,
+        "warm_start/unscored": float(warm.rounds * count - len(usable)),
+    }
+    return BasePhase(reward, figures, runners.token_forwards, agent, fit.value)
+
+
+@dataclass(frozen=True)
+class _ScoredAnswers:
+    """Answers (N) and their scores (N, scores), NaN where there is none."""
+
+    answers: list[DecodedAnswer]
+    scores: np.ndarray
+
+    @property
+    def finite(self) -> np.ndarray:
+        return np.isfinite(self.scores).all(-1)
+
+    def usable(self, reward: RewardSpec, names: tuple[str, ...]) -> list[BaseAnswer]:
+        """Those with all scores, for the value fit."""
+        terms = torch.from_numpy(reward.terms(names, self.scores))
+        return [
+            BaseAnswer(a.prompt, a.states, row)
+            for a, row, ok in zip(self.answers, terms, self.finite, strict=True)
+            if ok and a.states is not None
+        ]
+
+
+def _scaled_reward(
+    config: TrainConfig, names: tuple[str, ...], base: _ScoredAnswers
+) -> tuple[RewardSpec, dict[str, float]]:
+    """The reward with each score over its standard deviation on base answers; their figures."""
+    finite = base.finite
     if finite.sum() < 2:
         raise DataError("scores: no base answer got finite scores; expected a score each")
-    scales = dict(zip(scorer.names, scores[finite].std(0).tolist(), strict=True))
+    scales = dict(zip(names, base.scores[finite].std(0).tolist(), strict=True))
     for name, scale in scales.items():
         if scale == 0:
             raise DataError(f"score {name!r}: the same for all base answers; nothing to learn from")
     weights = {name: score.weight for name, score in config.scores.items()}
-    reward = RewardSpec(weights, scales)
+    means = zip(names, base.scores[finite].mean(0).tolist(), strict=True)
     figures = {f"base/scale_{name}": scale for name, scale in scales.items()}
-    figures |= {
-        f"base/mean_{name}": mean
-        for name, mean in zip(scorer.names, scores[finite].mean(0).tolist(), strict=True)
-    }
+    figures |= {f"base/mean_{name}": mean for name, mean in means}
     figures["base/unscored"] = float((~finite).sum())
-    forwards = runners.token_forwards
-    if warm is None:
-        return BasePhase(reward, figures, forwards, None, None)
-    terms = torch.from_numpy(reward.terms(scorer.names, scores))
-    usable = [
-        BaseAnswer(a.prompt, a.states, row)
-        for a, row, ok in zip(answers, terms, finite, strict=True)
-        if ok and a.states is not None
-    ]
-    with display.phase("value warm start", total=total_epochs(warm, spec.head)) as phase:
-
-        def epoch_done(done: int) -> None:
-            phase.advance(done)
-            check_interrupt()
-
-        fit = fit_value(usable, warm, spec.head, seed=config.seed, progress=epoch_done)
-        agent = Agent(spec)
-        lean(agent, fit, usable, warm.beta)
-    figures |= {
-        "warm_start/r2": fit.r2,
-        "warm_start/r2_within_prompt": fit.r2_within_prompt,
-    }
-    return BasePhase(reward, figures, forwards, agent, fit.value)
+    return RewardSpec(weights, scales), figures
 
 
 def score_in_batches(
@@ -130,11 +166,13 @@ def spread(prompts: list[str], count: int, seed: int) -> list[str]:
     return [prompts[i] for i in np.repeat(order, times)]
 
 
-def openings_of(warm: WarmStartConfig, seed: int) -> list[str]:
-    """An opening for each answer, for most of them none: exploring starts.
+def openings_of(warm: WarmStartConfig, count: int, seed: int) -> list[str] | None:
+    """An opening for each of ``count`` answers, for many of them none: exploring starts.
 
     Q can only tell where an opening pays, and where it does not, from answers that took it.
     """
+    if not warm.openings:
+        return None
     rng = np.random.default_rng([seed, 1])
-    opened = rng.random(warm.answers) < warm.opened_share
-    return [str(text) for text in np.where(opened, rng.choice(warm.openings, warm.answers), "")]
+    opened = rng.random(count) < warm.opened_share
+    return [str(text) for text in np.where(opened, rng.choice(warm.openings, count), "")]

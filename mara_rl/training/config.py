@@ -98,13 +98,19 @@ class LearnerConfig(Section):
 class WarmStartConfig(Section):
     """Value regression on base answers before PPO."""
 
-    answers: int = Field(ge=8, description="base answers sampled in all")
+    answers: int = Field(ge=8, description="answers sampled in all rounds together")
+    rounds: int = Field(
+        1, ge=1, description="the first by the base LLM, later ones by the agent so far"
+    )
     openings: list[Annotated[str, Field(pattern=r"\S")]] = Field(
         [], description="texts some of them begin with, as far as the candidates allow"
     )
-    opened_share: float = Field(0.25, ge=0, le=1, description="share of them that try an opening")
+    opened_share: float = Field(0.25, ge=0, le=1, description="share of base answers that try one")
     beta: float = Field(0.3, gt=0, description="accept log-odds move by Q differences over this")
-    epochs: int = Field(3, ge=1, description="passes of the value regression")
+    epochs: int = Field(6, ge=1, description="passes of the value regression")
+    early_weight: float = Field(
+        15.0, ge=0, description="extra weight of an answer's first token in it, beside 1"
+    )
     batch_size: int = Field(512, ge=1, description="prefixes per gradient step")
     lr: float = Field(3e-4, gt=0)
     credit_epochs: int = Field(
@@ -185,6 +191,11 @@ class TrainConfig(Section):
             raise ValueError("scores: every weight is 0; expected at least one that is not")
         if self.warm_start and self.agent.head == "paper":
             raise ValueError("warm_start: needs an agent.head anchored to the LLM, not 'paper'")
+        if self.warm_start and self.warm_start.answers < 8 * self.warm_start.rounds:
+            raise ValueError(
+                f"warm_start.answers: {self.warm_start.answers} for {self.warm_start.rounds} "
+                "rounds; expected at least 8 each"
+            )
         rows = self.rollouts.num_runners * self.rollouts.num_slots * self.rollouts.fragment_steps
         if self.ppo.minibatch_size > rows:
             raise ValueError(

@@ -28,6 +28,8 @@ from mara_rl.training.token_credit import (
     seeded_network,
 )
 
+_EARLY_TOKENS = 3.0  # after so many the extra weight has fallen by e
+
 
 @dataclass(frozen=True)
 class ValueFit:
@@ -64,8 +66,9 @@ def fit_value(
     One network is fitted with an output per term of the reward and kind of value; then the terms
     are summed. Terms that disagree teach the shared layers more than their sum does. The learning
     rate falls rather than epochs being chosen among, because the error on few held-out prompts is
-    too noisy to choose by. A tenth of the prompts is held out to measure R². ``progress`` is told
-    of every epoch done, see `total_epochs`.
+    too noisy to choose by. An answer's first tokens weigh more: whether to answer at all is decided
+    there, and each answer has but one of them. A tenth of the prompts is held out to measure R².
+    ``progress`` is told of every epoch done, see `total_epochs`.
 
     Raises DataError for answers to fewer than two prompts, and when the error is not finite.
     """
@@ -89,6 +92,9 @@ def fit_value(
             )
         ]
     )
+    places = torch.cat([torch.arange(len(a.states)) for a in train])
+    weights = 1 + config.early_weight * torch.exp(-places / _EARLY_TOKENS)
+    weights = (weights / weights.mean())[:, None]
     network = seeded_network(states.shape[-1], targets.shape[-1], seed)
     network.output_linear.bias.data.copy_(targets.mean(0))
     optimizer = torch.optim.AdamW(
@@ -100,7 +106,7 @@ def fit_value(
     )
     for _ in range(config.epochs):
         for rows in torch.randperm(len(targets), generator=generator).split(config.batch_size):
-            loss = (network(states[rows]) - targets[rows]).square().mean()
+            loss = (weights[rows] * (network(states[rows]) - targets[rows]).square()).mean()
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

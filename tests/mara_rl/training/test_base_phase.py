@@ -17,8 +17,10 @@ def test_prompts_are_spread_evenly_and_repeats_stand_together() -> None:
 
 def test_a_share_of_the_answers_tries_each_opening() -> None:
     warm = WarmStartConfig(answers=2000, openings=["I", "No, I"], opened_share=0.3)
-    counts = Counter(openings_of(warm, seed=0))
+    counts = Counter(openings_of(warm, 2000, seed=0))
     assert set(counts) == {"", "I", "No, I"}
     assert abs(counts[""] / 2000 - 0.7) < 0.04
     assert abs(counts["I"] - counts["No, I"]) < 100
-    assert openings_of(warm, seed=0) == openings_of(warm, seed=0) != openings_of(warm, seed=1)
+    again, other = openings_of(warm, 2000, seed=0), openings_of(warm, 2000, seed=1)
+    assert openings_of(warm, 2000, seed=0) == again != other
+    assert openings_of(WarmStartConfig(answers=8), 8, seed=0) is None

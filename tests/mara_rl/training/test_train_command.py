@@ -45,7 +45,7 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_llms: dict[str, Path])
             "num_cpus": 1,
             "torch_threads": 1,
         },
-        "warm_start": {"answers": 64, "epochs": 3, "batch_size": 64},
+        "warm_start": {"answers": 64, "rounds": 2, "epochs": 3, "batch_size": 64},
         "ppo": {"iterations": 4, "kl_coeff": 0.05, "minibatch_size": 64},
         "checkpoint": {"every_iterations": 2},
         "evaluation": {"kl_prompts": 8},

@@ -9,10 +9,10 @@ from mara_rl.training.config import WarmStartConfig
 from mara_rl.training.token_credit import BaseAnswer, above_others, earned, fit_credit
 from mara_rl.training.value_warm_start import fit_value, lean, total_epochs
 
-H = 32
+H = 16
 
 
-def answers(n: int = 300) -> list[BaseAnswer]:
+def answers(n: int = 400) -> list[BaseAnswer]:
     """The reward is the first component of the answer's mean state, made up of two terms."""
     made = []
     for i in range(n):
