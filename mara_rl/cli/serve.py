@@ -34,7 +34,7 @@ def serve(
     ] = None,
     replicas: Annotated[int, typer.Option(help="Replicas, an LLM each.")] = 1,
     threads: Annotated[
-        int | None, typer.Option(help="CPU threads of a replica; unless given the machine's.")
+        int | None, typer.Option(help="CPU threads of a replica; unless given all but one.")
     ] = None,
     gpus: Annotated[float, typer.Option(help="GPUs of a replica; 0 runs on the CPU.")] = 0.0,
     dtype: Annotated[
@@ -64,7 +64,7 @@ def serve(
             "agents": agents or (),
             "slots": slots,
             "num_replicas": replicas,
-            "torch_threads": threads or os.cpu_count() or 1,
+            "torch_threads": threads or max(1, (os.cpu_count() or 1) - 1),
             "num_gpus": gpus,
             "dtype": dtype,
             "keys_file": keys_file.resolve() if keys_file else None,

@@ -51,7 +51,7 @@ class EndpointConfig(BaseModel):
     num_gpus: float = Field(0.0, ge=0, description="GPUs reserved for a replica; 0 runs on CPU")
     torch_threads: int = Field(1, ge=1, description="CPU threads of a replica's forward pass")
     drain_timeout_s: float = Field(
-        60.0, ge=0, description="time for running answers when a replica is to end"
+        30.0, ge=0, description="time for running answers when a replica is to end"
     )
 
     @model_validator(mode="after")

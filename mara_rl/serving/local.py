@@ -52,7 +52,7 @@ def serve_locally(
     check_port(host, port)
     if config.log_file is not None:
         config.log_file.parent.mkdir(parents=True, exist_ok=True)
-    with ending_signal() as ending, ray_session() as ray:
+    with ray_session() as ray, ending_signal() as ending:  # Ray sets signal handlers as well
         from ray import serve
 
         from mara_rl.serving.application import application

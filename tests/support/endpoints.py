@@ -64,11 +64,16 @@ def make_backend(
     slots: int = 4,
     max_waiting: int = 32,
     scorer: object = None,
-    **loop: float,
+    step_s: float = 0.0,
 ) -> Backend:
+    """``step_s`` is added to every decode step, for answers that last."""
     if agents is None:
         agents = {AGENT: random_agent(llm, "relative", top_k=6, llm=llm.name)}
-    decode_loop = DecodeLoop(Decoder(llm, slots), max_waiting=max_waiting, **loop)
+    decoder = Decoder(llm, slots)
+    step = decoder.step
+    if step_s:
+        decoder.step = lambda: (time.sleep(step_s), step())[1]
+    decode_loop = DecodeLoop(decoder, max_waiting=max_waiting)
     decode_loop.start()
     catalog = FixedCatalog(agents)
     return Backend(LLM, llm, decode_loop, catalog, scorer, TokenReport(llm), started=1)
