@@ -67,7 +67,9 @@ def invalid_body(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     # In a union pydantic names the member it tried, which is no part of the path.
     param = ".".join(part for part in path if not part[:1].isupper() and "[" not in part) or None
     if first["type"] in ("extra_forbidden", UNSUPPORTED):
-        return ApiError(400, f"{param}: not supported by this server", param=param, code=UNSUPPORTED)
+        return ApiError(
+            400, f"{param}: not supported by this server", param=param, code=UNSUPPORTED
+        )
     if first["type"] == "missing":
         return ApiError(400, f"{param or 'body'}: missing", param=param, code="missing_parameter")
     message = first["msg"].removeprefix("Value error, ")
