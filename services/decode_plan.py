@@ -19,6 +19,8 @@ from services.decode_loop import DecodeLoop
 from services.openai_requests import ChatRequest, CompletionRequest
 from services.token_report import TokenReport
 
+COMPLETION_TOKENS = 16  # OpenAI's default; a chat's is what fits
+
 
 class ApiLimits(BaseModel):
     """What one request, or one key, may ask for."""
@@ -208,7 +210,8 @@ def _answer_tokens(
             param=field,
             code="context_length_exceeded",
         )
-    return asked or min(limits.max_answer_tokens, room)
+    default = COMPLETION_TOKENS if isinstance(request, CompletionRequest) else room
+    return asked or min(default, limits.max_answer_tokens, room)
 
 
 def _settings(

@@ -235,7 +235,7 @@ class CompletionRequest(_Request):
 
     @property
     def length(self) -> int | None:
-        return self.max_tokens or 16  # OpenAI's default
+        return self.max_tokens
 
     @property
     def num_top_logprobs(self) -> int | None:

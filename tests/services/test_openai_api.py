@@ -399,9 +399,9 @@ def test_a_client_that_leaves_frees_its_slot(llm, stream):
         client = client_of(url)
         first = chat(client, stream=True, max_tokens=200)
         next(iter(first))
+        hasty = client.with_options(timeout=0.3)
         with pytest.raises(openai.APITimeoutError):  # while it waits for the slot
-            answer = chat(client.with_options(timeout=0.3), stream=stream, max_tokens=200)
-            list(answer)
+            list(chat(hasty, stream=stream, max_tokens=200))
         first.close()
         settle(endpoint)
         assert backend.loop.finished["cancelled"] == 2
@@ -488,9 +488,9 @@ def test_scores_that_are_away_are_said_to_be(llm):
             with pytest.raises(openai.InternalServerError) as caught:
                 chat(client, **best_of)
             assert (caught.value.status_code, caught.value.code) == (503, "scores_unavailable")
-    with running_endpoint(make_backend(llm)) as (url, _):
-        with pytest.raises(openai.BadRequestError, match="no score services"):
-            chat(client_of(url), mara={"scores": True})
+    without = pytest.raises(openai.BadRequestError, match="no score services")
+    with running_endpoint(make_backend(llm)) as (url, _), without:
+        chat(client_of(url), mara={"scores": True})
 
 
 def test_the_log_has_no_text_unless_it_is_asked_for(llm, caplog):
