@@ -6,6 +6,7 @@ from prometheus_client import (
     CollectorRegistry,
     Counter,
     Histogram,
+    ProcessCollector,
     disable_created_metrics,
     generate_latest,
 )
@@ -23,6 +24,7 @@ class EndpointMetrics:
     def __init__(self, replica: str) -> None:
         disable_created_metrics()
         self._registry = CollectorRegistry()
+        ProcessCollector(registry=self._registry)  # memory, CPU seconds, open files
         self._replica = replica
         self._requests = Counter(
             "mara_requests",
