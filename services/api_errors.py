@@ -63,9 +63,12 @@ def invalid_body(problems: Sequence[Mapping[str, Any]]) -> ApiError:
     first = problems[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"body: not JSON ({first['ctx']['error']})", code="invalid_json")
-    path = [str(part) for part in first["loc"][1:]]  # the first part is "body"
-    # In a union pydantic names the member it tried, which is no part of the path.
-    param = ".".join(part for part in path if not part[:1].isupper() and "[" not in part) or None
+    if isinstance(first["input"], bytes):
+        return ApiError(400, "body: expected Content-Type: application/json", code="invalid_json")
+    if any(map(_is_member, first["loc"])):  # of the members of a union the one that got furthest
+        first = max(problems, key=lambda problem: _shared(problem, first) * len(problem["loc"]))
+    path = [str(part) for part in first["loc"][1:] if not _is_member(part)]  # after "body"
+    param = ".".join(path) or None
     if first["type"] in ("extra_forbidden", UNSUPPORTED):
         return ApiError(
             400, f"{param}: not supported by this server", param=param, code=UNSUPPORTED
@@ -83,3 +86,14 @@ def invalid_body(problems: Sequence[Mapping[str, Any]]) -> ApiError:
         param=param,
         code="invalid_value",
     )
+
+
+def _is_member(part: str | int) -> bool:
+    """Whether a part of pydantic's path names the member of a union that it tried."""
+    return isinstance(part, str) and (part == "str" or "[" in part)
+
+
+def _shared(problem: Mapping[str, Any], first: Mapping[str, Any]) -> bool:
+    """Whether two problems are about the same union."""
+    place = next(place for place, part in enumerate(first["loc"]) if _is_member(part))
+    return problem["loc"][:place] == first["loc"][:place]
