@@ -2,6 +2,7 @@
 
 import contextlib
 import uuid
+from collections.abc import Mapping
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -37,7 +38,11 @@ class ApiGate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        record = RequestRecord(uuid.uuid4().hex, log_text=self._log_text)
+        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        given = headers.get(b"x-request-id", "")[
+            :128
+        ]  # by Ray Serve's proxy, which tells it itself
+        record = RequestRecord(given or uuid.uuid4().hex, log_text=self._log_text)
         scope.setdefault("state", {})["record"] = record
         status = 500  # unless an answer begins
 
@@ -45,12 +50,13 @@ class ApiGate:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                request_id = record.fields["request_id"].encode()
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+                if not given:
+                    request_id = record.fields["request_id"].encode()
+                    message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
             await send(message)
 
         try:
-            await self._pass(scope, receive, noting_send, record)
+            await self._pass(scope, receive, noting_send, record, headers)
         except ClientDisconnect:
             status = _CLIENT_LEFT
         finally:
@@ -60,9 +66,13 @@ class ApiGate:
             record.write()
 
     async def _pass(
-        self, scope: Scope, receive: Receive, send: Send, record: RequestRecord
+        self,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        record: RequestRecord,
+        headers: Mapping[bytes, str],
     ) -> None:
-        headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         with contextlib.ExitStack() as running:
             try:
                 if scope["path"].startswith(PROTECTED):

@@ -84,9 +84,13 @@ class RegistryCatalog:
             known = ", ".join(known for known, _ in self.names()) or "none"
             raise DataError(f"model {name!r} does not exist; agents are: {known}")
         if self._away is not None:
-            raise RetryableError(f"model {name!r} is not loaded, and {self._away}")
+            raise RetryableError(f"model {name!r} is not loaded, and the registry is away")
         with self._asking:
-            return self._load_version(self._registry.find(f"models:/{name}"))
+            try:
+                listed = self._registry.find(f"models:/{name}")
+            except DataError as error:  # MLflow's own words tell where it is
+                raise DataError(f"model {name!r} does not exist in the registry") from error
+            return self._load_version(listed)
 
     def refresh(self) -> None:
         """Look up all aliases, load what they name. MLflow being away is logged, not raised."""

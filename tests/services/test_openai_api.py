@@ -117,6 +117,9 @@ def test_events_on_the_wire(server):
     answer = requests.post(f"{server[0]}/v1/chat/completions", json=body, timeout=30)
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert answer.headers["x-request-id"]
+    by_proxy = {"X-Request-Id": "from-the-proxy"}  # which tells the client itself
+    answer_2 = requests.get(f"{server[0]}/health", headers=by_proxy, timeout=30)
+    assert "x-request-id" not in answer_2.headers
     events = answer.text.split("\n\n")
     assert events[-2:] == ["data: [DONE]", ""]
     assert all(json.loads(event.removeprefix("data: "))["id"] for event in events[:-2])
