@@ -142,7 +142,9 @@ def _handle_errors(api: FastAPI) -> None:
         api.add_exception_handler(kind, handler)
 
     async def api_error(request: Request, error: ApiError) -> JSONResponse:
-        RequestRecord.of(request).note(error=str(error))
+        record, detail = RequestRecord.of(request), error.body.error
+        record.note(error_code=detail.code, param=detail.param)
+        record.note_text(error=detail.message)  # may quote the request
         return error.response()
 
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:

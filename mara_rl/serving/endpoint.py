@@ -12,7 +12,7 @@ from mara_rl.serving.config import EndpointConfig
 from services.api_keys import KEYS_VARIABLE, ApiKeys, configured_keys
 from services.decode_plan import Backend
 from services.endpoint import Endpoint
-from services.request_record import JsonLines, logger
+from services.request_record import JsonLines
 
 if TYPE_CHECKING:
     from mara_rl.agent import Agent
@@ -40,12 +40,14 @@ def make_endpoint(config: EndpointConfig, *, replica: str = "") -> Endpoint:
 
 
 def log_requests(config: EndpointConfig) -> None:
-    """Write the request log of this process where the config says."""
+    """Write what this process logs, each request among it, as JSON lines where the config says."""
     handler = logging.FileHandler(config.log_file) if config.log_file else logging.StreamHandler()
     handler.setFormatter(JsonLines())
-    logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
+    for package in ("mara_rl", "services"):
+        logger = logging.getLogger(package)
+        logger.handlers = [handler]
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
 
 
 def _backend(config: EndpointConfig) -> Backend:
