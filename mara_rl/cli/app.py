@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from mara_rl.cli import agents, doctor, generate, prompts, rewards, train
+from mara_rl.cli import agents, doctor, generate, prompts, rewards, serve, train
 from mara_rl.errors import MaraError
 
 app = typer.Typer(
@@ -16,6 +16,7 @@ app = typer.Typer(
 )
 app.command()(train.train)
 app.command()(generate.generate)
+app.command()(serve.serve)
 app.command()(doctor.doctor)
 app.add_typer(agents.app, name="agents")
 app.add_typer(prompts.app, name="prompts")

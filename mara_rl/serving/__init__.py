@@ -1,0 +1,1 @@
+"""The aligned-generation endpoint, put together: LLM, registry, scores, Ray Serve."""

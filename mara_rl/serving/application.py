@@ -1,0 +1,65 @@
+"""The endpoint as a Ray Serve application: what ``import_path`` of a Serve config names."""
+
+from typing import TYPE_CHECKING
+
+from ray import serve
+from ray.serve.config import BackpressureConfig
+
+from mara_rl.serving.config import EndpointConfig
+from mara_rl.serving.endpoint import log_requests, make_endpoint
+from services.openai_api import create_api
+
+if TYPE_CHECKING:
+    from fastapi import FastAPI
+
+_SPARE_REQUESTS = 64  # beyond slots and waiting: refusals, health, metrics, the page
+
+
+@serve.ingress()
+class AlignedLLM:
+    """One replica. Ray Serve replaces it when its decoder breaks, and lets it drain at its end."""
+
+    def __init__(self, config: EndpointConfig) -> None:
+        log_requests(config)
+        self._endpoint = make_endpoint(config, replica=serve.get_replica_context().replica_tag)
+        if config.alone:
+            self._endpoint.load_in_background()
+        else:
+            self._endpoint.load()
+
+    def __serve_build_asgi_app__(self) -> "FastAPI":
+        return create_api(self._endpoint)
+
+    def check_health(self) -> None:
+        """Called by Ray Serve, which replaces the replica after repeated errors."""
+        self._endpoint.check()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_endpoint"):
+            self._endpoint.close()
+
+
+def application(config: EndpointConfig) -> serve.Application:
+    """The application; Ray Serve makes ``config`` of an application's ``args``."""
+    autoscaling = None
+    if config.max_replicas is not None:
+        autoscaling = {
+            "min_replicas": config.num_replicas,
+            "max_replicas": config.max_replicas,
+            "target_ongoing_requests": config.slots,
+        }
+    ongoing = config.slots + config.max_waiting + _SPARE_REQUESTS
+    deployment = serve.deployment(
+        num_replicas=None if autoscaling else config.num_replicas,
+        autoscaling_config=autoscaling,
+        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
+        # The replica itself refuses what is too much, in OpenAI's shape; this is the second line.
+        max_ongoing_requests=ongoing,
+        max_queued_requests=ongoing,
+        backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
+        max_constructor_retry_count=2,
+        graceful_shutdown_timeout_s=config.drain_timeout_s,
+        graceful_shutdown_wait_loop_s=0.5,
+        logging_config={"enable_access_log": False},
+    )
+    return deployment(AlignedLLM).bind(config)

@@ -1,0 +1,83 @@
+"""What an endpoint is made of; the same for ``mara-rl serve`` and ``serve deploy``."""
+
+from pathlib import Path
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mara_rl.errors import ConfigError, first_problem
+from mara_rl.policy_llm import SMOLLM2, DType
+from services.decode_plan import ApiLimits
+
+
+class EndpointConfig(BaseModel):
+    """One LLM with its agents, behind one HTTP API."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    llm: str = Field(SMOLLM2, description="the LLM: shipped name, hub id, folder or .gguf file")
+    dtype: DType | None = Field(None, description="None: bfloat16 on GPU, float32 on CPU")
+    agents: tuple[str, ...] = Field(
+        (), description="agents beside those of the registry, as REF or name=REF"
+    )
+    allow_other_llm: bool = Field(
+        False, description="let agents of another LLM of the same hidden size answer"
+    )
+    tracking_uri: str | None = Field(
+        None, description="MLflow with registered agents; None: MLFLOW_TRACKING_URI, if set"
+    )
+    poll_s: float = Field(2.0, gt=0, description="how often the aliases of agents are looked up")
+    slots: int = Field(16, ge=1, description="answers decoded at the same time, by one replica")
+    max_waiting: int = Field(64, ge=0, description="answers that may wait for a slot")
+    step_timeout_s: float = Field(
+        120.0, gt=0, description="a decode step that takes longer gets its replica replaced"
+    )
+    limits: ApiLimits = ApiLimits()
+    score_apps: dict[str, str] = Field(
+        {}, description="score name to the Serve application that gives it, e.g. reward: reward"
+    )
+    score_timeout_s: float = Field(30.0, gt=0, description="time for the scores of one request")
+    keys_file: Path | None = Field(
+        None, description="API keys, one a line, beside those of MARA_API_KEY"
+    )
+    anonymous: bool = Field(
+        False, description="answer without any key; meant for a server on loopback"
+    )
+    log_text: bool = Field(False, description="write prompts and answers to the request log")
+    log_file: Path | None = Field(None, description="the request log; None: standard error")
+    num_replicas: int = Field(1, ge=1, description="replicas; the fewest when autoscaling")
+    max_replicas: int | None = Field(None, description="autoscale up to this many; None: never")
+    num_cpus: float = Field(1.0, ge=0, description="CPUs reserved for a replica")
+    num_gpus: float = Field(0.0, ge=0, description="GPUs reserved for a replica; 0 runs on CPU")
+    torch_threads: int = Field(1, ge=1, description="CPU threads of a replica's forward pass")
+    drain_timeout_s: float = Field(
+        30.0, ge=0, description="time for running answers when a replica is to end"
+    )
+
+    @model_validator(mode="after")
+    def _replica_range(self) -> Self:
+        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
+            raise ValueError(
+                f"max_replicas {self.max_replicas} is below num_replicas {self.num_replicas}"
+            )
+        return self
+
+    @classmethod
+    def parse(cls, values: dict[str, Any]) -> "EndpointConfig":
+        """A config from what a user gave. Raises ConfigError naming the first bad field."""
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            raise ConfigError(f"endpoint: {first_problem(error)}") from error
+
+    @property
+    def bundle(self) -> dict[str, float]:
+        """What one replica reserves, as `services.ray_session.check_resources` takes it."""
+        bundle = {"CPU": self.num_cpus, "GPU": self.num_gpus}
+        return {resource: amount for resource, amount in bundle.items() if amount}
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one replica only: then it answers 503 itself while it loads. Of several,
+        one gets requests only once it has loaded, so that an update goes unnoticed."""
+        return self.num_replicas == 1 and self.max_replicas is None

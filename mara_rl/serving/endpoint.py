@@ -1,0 +1,120 @@
+"""From an `EndpointConfig` to an `Endpoint`, in the process that will answer."""
+
+import functools
+import logging
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mara_rl.errors import ConfigError
+from mara_rl.serving.config import EndpointConfig
+from services.api_keys import KEYS_VARIABLE, ApiKeys, configured_keys
+from services.decode_plan import Backend
+from services.endpoint import Endpoint
+from services.request_record import JsonLines
+
+if TYPE_CHECKING:
+    from mara_rl.agent import Agent
+    from mara_rl.tracking.registry import AgentRegistry
+
+
+def make_endpoint(config: EndpointConfig, *, replica: str = "") -> Endpoint:
+    """An endpoint whose backend is still to be loaded.
+
+    Raises ConfigError where it would answer without a key and that is not allowed.
+    """
+    keys = configured_keys(config.keys_file)
+    if not keys and not config.anonymous:
+        raise ConfigError(
+            f"no API keys: set {KEYS_VARIABLE} or keys_file, or anonymous: true for a server that "
+            "only this machine reaches"
+        )
+    return Endpoint(
+        functools.partial(_backend, config),
+        ApiKeys(keys, max_concurrent=config.limits.max_concurrent),
+        config.limits,
+        replica=replica,
+        log_text=config.log_text,
+    )
+
+
+def log_requests(config: EndpointConfig) -> None:
+    """Write what this process logs, each request among it, as JSON lines where the config says."""
+    handler = logging.FileHandler(config.log_file) if config.log_file else logging.StreamHandler()
+    handler.setFormatter(JsonLines())
+    for package in ("mara_rl", "services"):
+        logger = logging.getLogger(package)
+        logger.handlers = [handler]
+        logger.setLevel(logging.INFO)
+        logger.propagate = False
+
+
+def _backend(config: EndpointConfig) -> Backend:
+    import torch
+
+    from mara_rl.decoding.decoder import Decoder
+    from mara_rl.policy_llm import load_policy_llm
+    from mara_rl.tracking.agent_catalog import RegistryCatalog, served_name
+    from mara_rl.tracking.registry import AgentRegistry
+    from services.decode_loop import DecodeLoop
+    from services.score_client import ScoreClient, ScoreClientConfig
+    from services.token_report import TokenReport
+
+    torch.set_num_threads(config.torch_threads)
+    device = "cuda" if config.num_gpus else "cpu"
+    llm = load_policy_llm(config.llm, device=device, dtype=config.dtype)
+    uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "").strip()
+    registry = AgentRegistry(uri) if uri else None
+    fixed, registered = {}, []
+    for given in config.agents:
+        name, ref = served_name(given)
+        if ref == f"models:/{name}":  # follows its alias, like all of the registry
+            registered.append(name)
+        elif name in fixed:
+            raise ConfigError(f"agents: two are served as {name!r}; expected name=REF for one")
+        else:
+            fixed[name] = functools.partial(_resolve, ref, registry)
+    catalog = RegistryCatalog(
+        llm, fixed, registry, poll_s=config.poll_s, allow_other_llm=config.allow_other_llm
+    )
+    for name in registered:
+        if catalog.loaded(name) is None:
+            catalog.load(name)
+    scorer = None
+    if config.score_apps:
+        scorer = ScoreClient(
+            ScoreClientConfig(apps=config.score_apps, deadline_s=config.score_timeout_s)
+        )
+    loop = DecodeLoop(
+        Decoder(llm, config.slots),
+        max_waiting=config.max_waiting,
+        step_timeout_s=config.step_timeout_s,
+    )
+    loop.start()
+    return Backend(
+        served_llm_name(config.llm),
+        llm,
+        loop,
+        catalog,
+        scorer,
+        TokenReport(llm),
+        started=int(time.time()),
+    )
+
+
+def served_llm_name(name: str) -> str:
+    """What requests call the LLM: its hub id or shipped name, of a folder or file the last part."""
+    path = Path(name).expanduser()
+    return path.resolve().name if path.exists() or path.is_absolute() else name
+
+
+def _resolve(ref: str, registry: "AgentRegistry | None") -> "Agent":
+    from mara_rl.agent_refs import fetch_agent
+    from mara_rl.tracking.registry import is_registry_ref
+
+    if not is_registry_ref(ref):
+        return fetch_agent(ref)
+    if registry is None:
+        raise ConfigError(f"agent {ref!r}: no MLflow to ask; set tracking_uri")
+    return registry.resolve(ref)

@@ -1,0 +1,84 @@
+"""One replica of the endpoint: a backend that loads, answers, and may break."""
+
+import logging
+import threading
+from collections.abc import Callable
+
+from mara_rl.errors import first_line
+from services.api_errors import ApiError
+from services.api_keys import ApiKeys
+from services.decode_plan import ApiLimits, Backend
+from services.endpoint_metrics import EndpointMetrics
+
+logger = logging.getLogger(__name__)
+
+
+class Endpoint:
+    """Holds what the HTTP API needs.
+
+    Attributes:
+        keys, limits: who may ask for how much.
+        metrics: what was done.
+        log_text: whether prompts and answers are written to the request log.
+    """
+
+    def __init__(
+        self,
+        make_backend: Callable[[], Backend],
+        keys: ApiKeys,
+        limits: ApiLimits,
+        *,
+        replica: str = "",
+        log_text: bool = False,
+    ) -> None:
+        """``make_backend`` loads the LLM and starts its decode loop; called once, by `load`."""
+        self.keys = keys
+        self.limits = limits
+        self.metrics = EndpointMetrics(replica)
+        self.log_text = log_text
+        self._make_backend = make_backend
+        self._backend: Backend | None = None
+        self._failure: str | None = None
+
+    def load(self) -> None:
+        """Load the backend. Raises what `make_backend` raises."""
+        try:
+            backend = self._make_backend()
+        except BaseException as error:
+            self._failure = f"loading failed: {first_line(error)}"
+            raise
+        self.metrics.watch(backend.loop)
+        self._backend = backend
+
+    def load_in_background(self) -> None:
+        """Load in a thread; `backend` says 503 until it is done, and `check` if it failed."""
+        threading.Thread(target=self._load_and_log, name="load-backend", daemon=True).start()
+
+    def backend(self) -> Backend:
+        """What answers. Raises ApiError 503 while it loads, 500 once it is broken."""
+        try:
+            self.check()
+        except RuntimeError as error:
+            raise ApiError(500, str(error), code="broken") from error
+        if self._backend is None:
+            raise ApiError(503, "the LLM is loading; try again shortly", code="loading")
+        return self._backend
+
+    def check(self) -> None:
+        """Raise RuntimeError when this replica is broken and should be replaced."""
+        if self._failure is not None:
+            raise RuntimeError(self._failure)
+        if self._backend is not None:
+            self._backend.loop.check()
+
+    def close(self) -> None:
+        """End what runs; nothing may be asked of it any more. Blocks for a step."""
+        if self._backend is not None:
+            self._backend.loop.stop()
+            self._backend.catalog.close()
+
+    def _load_and_log(self) -> None:
+        try:
+            self.load()
+        except Exception:  # `check` tells of it
+            logger.exception("the endpoint could not be loaded")
