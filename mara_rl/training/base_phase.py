@@ -77,7 +77,8 @@ def run_base_phase(
         if agent is not None:
             found = sampled(number, count, agent)
         usable.extend(found.usable(reward, scorer.names))
-        with display.phase("value warm start", total=total_epochs(warm, spec.head)) as phase:
+        name = f"value warm start {number + 1} of {warm.rounds}"
+        with display.phase(name, total=total_epochs(warm, spec.head)) as phase:
 
             def epoch_done(done: int, phase: Phase = phase) -> None:
                 phase.advance(done)
