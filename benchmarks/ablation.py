@@ -1,10 +1,10 @@
 """What the value warm start and PPO each bring, at equal LLM token-forwards, over several seeds.
 
-Run with `make bench-ablation`; nine quickstart runs of about a quarter of an hour each on 2 CPU
+Run with `make bench-ablation`; nine quickstart runs of about 13 minutes each on 2 CPU
 cores. Runs that are finished are not run again, so it can be stopped and started.
 
 - both: the quickstart as shipped.
-- warm: all token-forwards go into base answers for the warm start; no PPO.
+- warm: all token-forwards go into the answers of the warm start's two rounds; no PPO.
 - ppo: PPO from an agent that does nothing yet; base answers only for the score scales. Its
   learning rate is higher, as it starts from nothing: the preset's is for refining a warm start.
 """
@@ -21,8 +21,8 @@ from mara_rl.home import mara_home
 # Base answers and iterations chosen for about equal token-forwards; the table shows the real ones.
 VARIANTS = {
     "both": [],
-    "warm": ["warm_start.answers=3024", "ppo.iterations=0"],
-    "ppo": ["warm_start=null", "ppo.iterations=18", "ppo.lr=1.0e-4"],
+    "warm": ["warm_start.answers=2160", "ppo.iterations=0"],
+    "ppo": ["warm_start=null", "ppo.iterations=28", "ppo.lr=1.0e-4"],
 }
 AXES = ("both", "helpful", "harmless")
 
