@@ -5,10 +5,10 @@ import logging
 import threading
 import time
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import ray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 from ray import serve
 from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
@@ -17,6 +17,7 @@ from ray.serve.schema import ApplicationStatusOverview
 from mara_rl.errors import ConfigError, RetryableError
 from mara_rl.policy_llm import DType
 from services.ray_session import amounts, check_resources
+from services.replica_config import ReplicaConfig
 
 if TYPE_CHECKING:
     from mara_rl.score_models.base import ScoreModel
@@ -25,37 +26,16 @@ _POLL_S = 0.2
 _DESCRIBE_TIMEOUT_S = 30.0
 
 
-class ScoreServiceConfig(BaseModel):
+class ScoreServiceConfig(ReplicaConfig):
     """How one score model is hosted."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
     model: str = Field(description="shipped name, checkpoint folder or hub id of the score model")
-    num_replicas: int = Field(1, ge=1, description="replicas; the fewest when autoscaling")
-    max_replicas: int | None = Field(None, description="autoscale up to this many; None: never")
-    num_cpus: float = Field(1.0, ge=0, description="CPUs reserved for a replica")
-    num_gpus: float = Field(0.0, ge=0, description="GPUs reserved for a replica; 0 scores on CPU")
     max_batch_size: int = Field(16, ge=1, description="pairs in one forward pass")
     batch_wait_timeout_s: float = Field(0.005, ge=0, description="wait for a batch to fill")
-    torch_threads: int = Field(1, ge=1, description="CPU threads of a replica's forward pass")
     dtype: DType | None = Field(None, description="None: bfloat16 on GPU, float32 on CPU")
     forward_timeout_s: float = Field(
         600.0, gt=0, description="a forward pass that takes longer gets its replica replaced"
     )
-
-    @model_validator(mode="after")
-    def _replica_range(self) -> Self:
-        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
-            raise ValueError(
-                f"max_replicas {self.max_replicas} is below num_replicas {self.num_replicas}"
-            )
-        return self
-
-    @property
-    def bundle(self) -> dict[str, float]:
-        """What one replica reserves, as `services.ray_session.check_resources` takes it."""
-        bundle = {"CPU": self.num_cpus, "GPU": self.num_gpus}
-        return {resource: amount for resource, amount in bundle.items() if amount}
 
 
 class ScoreService:
@@ -167,19 +147,11 @@ def delete_scores(names: Iterable[str]) -> None:
 
 def score_application(config: ScoreServiceConfig) -> serve.Application:
     """The Serve application of one score; also what an ``import_path`` may name."""
-    autoscaling = None
-    if config.max_replicas is not None:
-        autoscaling = {"min_replicas": config.num_replicas, "max_replicas": config.max_replicas}
     deployment = serve.deployment(
-        num_replicas=None if autoscaling else config.num_replicas,
-        autoscaling_config=autoscaling,
-        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
         # Calls, of one pair at the least: one batch in the model and the next one gathering.
         max_ongoing_requests=2 * config.max_batch_size,
-        max_constructor_retry_count=2,
         graceful_shutdown_timeout_s=5.0,  # calls cut off are repeated by their client
-        graceful_shutdown_wait_loop_s=0.5,
-        logging_config={"enable_access_log": False},
+        **config.deployment_options(),
     )
     return deployment(ScoreService).bind(config)
 

@@ -41,25 +41,13 @@ class AlignedLLM:
 
 def application(config: EndpointConfig) -> serve.Application:
     """The application; Ray Serve makes ``config`` of an application's ``args``."""
-    autoscaling = None
-    if config.max_replicas is not None:
-        autoscaling = {
-            "min_replicas": config.num_replicas,
-            "max_replicas": config.max_replicas,
-            "target_ongoing_requests": config.slots,
-        }
     ongoing = config.slots + config.max_waiting + _SPARE_REQUESTS
     deployment = serve.deployment(
-        num_replicas=None if autoscaling else config.num_replicas,
-        autoscaling_config=autoscaling,
-        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
         # The replica itself refuses what is too much, in OpenAI's shape; this is the second line.
         max_ongoing_requests=ongoing,
         max_queued_requests=ongoing,
         backpressure_config=BackpressureConfig(status_code=429, retry_after_s=1),
-        max_constructor_retry_count=2,
         graceful_shutdown_timeout_s=config.drain_timeout_s,
-        graceful_shutdown_wait_loop_s=0.5,
-        logging_config={"enable_access_log": False},
+        **config.deployment_options(target_ongoing_requests=config.slots),
     )
     return deployment(AlignedLLM).bind(config)

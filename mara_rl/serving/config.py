@@ -1,19 +1,18 @@
 """What an endpoint is made of; the same for ``mara-rl serve`` and ``serve deploy``."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError
 
 from mara_rl.errors import ConfigError, first_problem
 from mara_rl.policy_llm import SMOLLM2, DType
 from services.decode_plan import ApiLimits
+from services.replica_config import ReplicaConfig
 
 
-class EndpointConfig(BaseModel):
+class EndpointConfig(ReplicaConfig):
     """One LLM with its agents, behind one HTTP API."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     llm: str = Field(SMOLLM2, description="the LLM: shipped name, hub id, folder or .gguf file")
     dtype: DType | None = Field(None, description="None: bfloat16 on GPU, float32 on CPU")
@@ -45,22 +44,9 @@ class EndpointConfig(BaseModel):
     )
     log_text: bool = Field(False, description="write prompts and answers to the request log")
     log_file: Path | None = Field(None, description="the request log; None: standard error")
-    num_replicas: int = Field(1, ge=1, description="replicas; the fewest when autoscaling")
-    max_replicas: int | None = Field(None, description="autoscale up to this many; None: never")
-    num_cpus: float = Field(1.0, ge=0, description="CPUs reserved for a replica")
-    num_gpus: float = Field(0.0, ge=0, description="GPUs reserved for a replica; 0 runs on CPU")
-    torch_threads: int = Field(1, ge=1, description="CPU threads of a replica's forward pass")
     drain_timeout_s: float = Field(
         30.0, ge=0, description="time for running answers when a replica is to end"
     )
-
-    @model_validator(mode="after")
-    def _replica_range(self) -> Self:
-        if self.max_replicas is not None and self.max_replicas < self.num_replicas:
-            raise ValueError(
-                f"max_replicas {self.max_replicas} is below num_replicas {self.num_replicas}"
-            )
-        return self
 
     @classmethod
     def parse(cls, values: dict[str, Any]) -> "EndpointConfig":
@@ -69,12 +55,6 @@ class EndpointConfig(BaseModel):
             return cls.model_validate(values)
         except ValidationError as error:
             raise ConfigError(f"endpoint: {first_problem(error)}") from error
-
-    @property
-    def bundle(self) -> dict[str, float]:
-        """What one replica reserves, as `services.ray_session.check_resources` takes it."""
-        bundle = {"CPU": self.num_cpus, "GPU": self.num_gpus}
-        return {resource: amount for resource, amount in bundle.items() if amount}
 
     @property
     def alone(self) -> bool:
