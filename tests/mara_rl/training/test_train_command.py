@@ -81,7 +81,8 @@ def test_a_run_trains_compares_registers_and_resumes(config: Path, home: Path) -
             for line in lines
         )
     run = home / "tiny-1"
-    assert {p.name for p in run.iterdir()} == {"config.yaml", "checkpoints", "agent", "evaluation"}
+    made = {"config.yaml", "checkpoints", "agent", "evaluation", "lock", "outcome.json"}
+    assert {p.name for p in run.iterdir()} == made
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["000002", "000004"]
     figures = json.loads((run / "evaluation" / "summary.json").read_text())
     assert figures["all"]["n"] == 40
