@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mara_rl.errors import ConfigError
 from mara_rl.tracking.store import tracking_uri
 from mara_rl.training.config import TrainConfig
+from mara_rl.training.run_names import score_apps
 from services.prompt_source import PromptSourceConfig
 from services.ray_session import check_resources, ray_session
 from services.redis_server import redis_url
@@ -70,15 +71,6 @@ def training_session(config: TrainConfig, run: str, *, single_node: bool) -> Ite
                 ),
                 tracking_uri=uri,
             )
-
-
-def score_apps(config: TrainConfig, run: str, *, shared_cluster: bool) -> dict[str, str]:
-    """The Serve application of each score: a shared one, or the run's own.
-
-    A cluster of the run's own has one run; on others a run must not replace another's services.
-    """
-    own = f"{run}-" if shared_cluster else ""
-    return {name: score.app or f"{own}{name}" for name, score in config.scores.items()}
 
 
 def resource_plan(config: TrainConfig) -> list[tuple[str, dict[str, float]]]:

@@ -27,11 +27,10 @@ from mara_rl.training.ppo_phase import PPOPhase
 from mara_rl.training.prompt_sets import fitting_prompts, load_prompts
 from mara_rl.training.rollout_group import RolloutGroup, derived_seed, seed_everything
 from mara_rl.training.run_folder import RunFolder, RunOutcome, remove_folder
+from mara_rl.training.run_names import EXPERIMENT, queue_name
 from mara_rl.training.session import training_session
 from services.redis_server import redis_errors
 from services.score_client import ScoreClient
-
-EXPERIMENT = "mara-rl"
 
 
 class Interrupted(KeyboardInterrupt):
@@ -79,9 +78,8 @@ def train(
                 )
             )
             state.mlflow_run_id = tracking.run_id
-            # A queue of its own for every run, the same one for a resumed run.
-            queue_name = config.prompts.queue or f"{folder.name}-{tracking.run_id[:8]}"
-            prompt_source = session.prompts.model_copy(update={"queue": queue_name})
+            name = queue_name(config, folder.name, tracking.run_id)
+            prompt_source = session.prompts.model_copy(update={"queue": name})
             with redis_errors(session.prompts.url):
                 queue = prompt_source.open_queue()
                 queue.push(train_prompts, repeats=config.prompts.repeats)
