@@ -1,6 +1,7 @@
 """The recipes of `deploy/` on a cluster of this machine: submit, look up, submit again, serve."""
 
 import json
+import os
 import re
 import shutil
 import sys
@@ -24,7 +25,8 @@ SUBMIT = str(ROOT / "deploy" / "submit.sh")
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     if shutil.which("redis-server") is None:
-        pytest.skip("no redis-server")
+        reason = "no redis-server: apt-get install redis-server"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
     folder = tmp_path_factory.mktemp("cluster")
     with local_cluster(folder, num_cpus=4, home=folder / "home") as running:
         yield running
@@ -158,6 +160,18 @@ def test_the_agent_is_served(cluster: LocalCluster, trained: str, tmp_path: Path
             time.sleep(1)
     assert answer.system_fingerprint.startswith("mara-smoke/")
     assert set(answer.choices[0].mara["scores"]) == {"reward", "cost"}
+
+    # Its score services may serve runs as well, and stay when these end.
+    shared = ("--set", "scores.reward.app=reward", "--set", "scores.cost.app=cost")
+    quick = ("--set", "evaluation=null")
+    run = cluster.run(SUBMIT, "smoke-2", "deploy/smoke.yaml", *shared, *quick)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "registered models:/mara-smoke@candidate" in run.stdout
+    status = json.loads(cluster.run("mara-rl", "status", "smoke-2", "--json").stdout)
+    assert {app: found["status"] for app, found in status["ray"]["services"].items()} == {
+        "reward": "RUNNING",
+        "cost": "RUNNING",
+    }
 
 
 def home(cluster: LocalCluster) -> Path:

@@ -76,7 +76,9 @@ def test_fields_and_types_are_those_of_the_kind(path: Path) -> None:
     ],
 )
 def test_a_wrong_field_is_found(place: tuple[Any, ...], value: Any, message: str) -> None:
-    deployment = next(m for m in documents(DEPLOY / "kuberay/mlflow.yaml") if m["kind"] == "Deployment")
+    deployment = next(
+        m for m in documents(DEPLOY / "kuberay/mlflow.yaml") if m["kind"] == "Deployment"
+    )
     holder: Any = deployment
     for key in place[:-1]:
         holder = holder[key]
@@ -199,6 +201,7 @@ def test_pods_that_use_redis_or_mlflow_bear_the_label_that_lets_them_in() -> Non
     }
     for manifest in by_kind("RayJob") + by_kind("RayService"):
         cluster = manifest["spec"].get("rayClusterSpec") or manifest["spec"]["rayClusterConfig"]
+        assert cluster["authOptions"]["mode"] == "token"
         for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
             assert allowed[0] in group["template"]["metadata"]["labels"].items()
 
@@ -216,9 +219,6 @@ def test_secrets_and_volumes_are_those_that_the_docs_create() -> None:
             reference = env.get("valueFrom", {}).get("secretKeyRef")
             if reference:
                 used.add((reference["name"], reference["key"]))
-    for manifest in by_kind("RayJob") + by_kind("RayService"):
-        cluster = manifest["spec"].get("rayClusterSpec") or manifest["spec"]["rayClusterConfig"]
-        used.add((cluster["authOptions"]["secretName"], "auth_token"))
     assert used == created
     claims = {claim["metadata"]["name"] for claim in by_kind("PersistentVolumeClaim")}
     mounted = {
@@ -260,7 +260,9 @@ def test_long_lived_services_have_probes() -> None:
 
 
 def test_environment_names_are_read_by_somebody() -> None:
-    sources = [p.read_text() for part in ("mara_rl", "services") for p in (ROOT / part).rglob("*.py")]
+    sources = [
+        p.read_text() for part in ("mara_rl", "services") for p in (ROOT / part).rglob("*.py")
+    ]
     code = "\n".join(sources)
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
     names = {env["name"] for container in containers() for env in container.get("env", [])}

@@ -1,7 +1,7 @@
 """Field names and types of Kubernetes manifests, without a cluster.
 
-Built-in kinds are those of Kubernetes' own Python client, which is made from the API's description. Of
-KubeRay's kinds, the fields that this project uses are written down here (version 1.6 of its API).
+Built-in kinds are those of Kubernetes' own Python client, which is made from the API's description.
+Of KubeRay's kinds, the fields that this project uses are written down here (version 1.5.1).
 """
 
 import re
@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 from kubernetes.client import models
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveInt
-
 
 _PLAIN = {"str": str, "int": int, "bool": bool, "float": (int, float)}
 _KINDS = {
@@ -80,7 +79,6 @@ class _Fields(BaseModel):
 
 class AuthOptions(_Fields):
     mode: Literal["token", "disabled"]
-    secretName: str
 
 
 class HeadGroupSpec(_Fields):
