@@ -4,7 +4,8 @@
 # RUN names the run: submitted again under it (after a crash, a lost node, a stopped job), training goes on
 # from the newest checkpoint; once done, it ends at once. CONFIG is a preset, or a YAML file below this
 # directory, which travels to the cluster. Needs RAY_API_SERVER_ADDRESS (http://head:8265) and, where the
-# cluster asks for a token, RAY_AUTH_MODE=token and RAY_AUTH_TOKEN. Follows the log; exit status of the run.
+# cluster asks for a token, RAY_AUTH_MODE=token and RAY_AUTH_TOKEN; `ray` on the PATH. Follows the log; exit
+# status 0 if the run has ended well.
 set -euo pipefail
 
 if (($# < 2)); then

@@ -119,15 +119,6 @@ def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(
     assert "registered models:/mara-smoke@candidate (version 2)" in again.stdout
 
 
-def test_another_config_under_the_same_name_fails_the_job_with_one_line(
-    cluster: LocalCluster, trained: str
-) -> None:
-    other = cluster.run(SUBMIT, RUN, "deploy/smoke.yaml", "--set", "seed=1")
-    assert other.returncode == 1
-    assert "was started with another config (seed 0, not 1)" in other.stdout
-    assert "Traceback (most recent" not in other.stdout.partition("error: run")[0]
-
-
 def test_the_agent_is_served(cluster: LocalCluster, trained: str, tmp_path: Path) -> None:
     [port] = free_ports(1)
     config = yaml.safe_load((ROOT / "deploy" / "serve.yaml").read_text())

@@ -25,6 +25,7 @@ from cryptography.x509.oid import NameOID
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
+_STOP_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ def local_cluster(folder: Path, *, num_cpus: int, home: Path) -> Iterator[LocalC
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_API_SERVER_ADDRESS": dashboard,
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # there is no other node to drain to
             "MARA_HOME": str(home),
             "MARA_REDIS_URL": redis_url,
             "MARA_API_KEY": "a-key-for-the-tests",
@@ -105,7 +107,7 @@ def ray_head(
         command += ["--node-ip-address=127.0.0.1", f"--temp-dir={scratch}"]
         command += [f"--num-cpus={num_cpus}", "--num-gpus=0"]
         command += ["--min-worker-port=0", "--max-worker-port=0"]
-        with process(command, folder / "ray.log", environment, stop_s=30) as head:
+        with process(command, folder / "ray.log", environment) as head:
             probe = [BIN / "ray", "job", "list"]
             await_ready(
                 lambda: (
@@ -180,8 +182,6 @@ def process(
     command: list[object],
     log: Path,
     environment: Mapping[str, str] | None = None,
-    *,
-    stop_s: float = 15,
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A process and its children while the context lasts; only these are ended."""
     with log.open("wb") as out:
@@ -202,7 +202,7 @@ def process(
             family = psutil.Process(started.pid).children(recursive=True)
         started.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            started.wait(stop_s)
+            started.wait(_STOP_S)
         _, alive = psutil.wait_procs(family, timeout=5)
         for left in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
