@@ -90,6 +90,11 @@ class PromptQueue:
             if "BUSYGROUP" not in str(error):
                 raise
 
+    @staticmethod
+    def exists(client: redis.Redis, name: str) -> bool:
+        """Whether there is a queue of this name; making a `PromptQueue` would make one."""
+        return bool(client.exists(f"mara:{{{name}}}:stream"))
+
     # Prompts in -----------------------------------------------------------------------------------
 
     def push(self, prompts: Iterable[PromptRecord], *, repeats: int = 1) -> int:

@@ -1,8 +1,27 @@
 """How many replicas Ray Serve runs of a deployment, and what each reserves."""
 
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, model_validator
+
+
+def _custom(resources: dict[str, float]) -> dict[str, float]:
+    own = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": None, "object_store_memory": None}
+    for name in resources.keys() & own.keys():
+        raise ValueError(f"{name} is no custom resource; expected {own[name] or 'another name'}")
+    return resources
+
+
+CustomResources = Annotated[dict[str, PositiveFloat], AfterValidator(_custom)]
+"""Resources that the nodes of a cluster were started with, e.g. ``{"a100": 1}``."""
+
+
+def resource_bundle(
+    num_cpus: float, num_gpus: float, resources: dict[str, float]
+) -> dict[str, float]:
+    """What one actor reserves, as `services.ray_session.check_resources` takes it."""
+    bundle = {"CPU": num_cpus, "GPU": num_gpus, **resources}
+    return {resource: amount for resource, amount in bundle.items() if amount}
 
 
 class ReplicaConfig(BaseModel):
@@ -14,6 +33,7 @@ class ReplicaConfig(BaseModel):
     max_replicas: int | None = Field(None, description="autoscale up to this many; None: never")
     num_cpus: float = Field(1.0, ge=0, description="CPUs reserved for a replica")
     num_gpus: float = Field(0.0, ge=0, description="GPUs reserved for a replica; 0 runs on CPU")
+    resources: CustomResources = Field({}, description="custom resources reserved for a replica")
     torch_threads: int = Field(1, ge=1, description="CPU threads of a replica's forward pass")
 
     @model_validator(mode="after")
@@ -26,9 +46,8 @@ class ReplicaConfig(BaseModel):
 
     @property
     def bundle(self) -> dict[str, float]:
-        """What one replica reserves, as `services.ray_session.check_resources` takes it."""
-        bundle = {"CPU": self.num_cpus, "GPU": self.num_gpus}
-        return {resource: amount for resource, amount in bundle.items() if amount}
+        """What one replica reserves."""
+        return resource_bundle(self.num_cpus, self.num_gpus, self.resources)
 
     def deployment_options(self, **autoscaling: Any) -> dict[str, Any]:
         """Options of ``serve.deployment``; ``autoscaling`` goes beside the range of replicas."""
@@ -37,7 +56,11 @@ class ReplicaConfig(BaseModel):
         return {
             "num_replicas": None if scaled else self.num_replicas,
             "autoscaling_config": bounds | autoscaling if scaled else None,
-            "ray_actor_options": {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus},
+            "ray_actor_options": {
+                "num_cpus": self.num_cpus,
+                "num_gpus": self.num_gpus,
+                "resources": self.resources,
+            },
             "max_constructor_retry_count": 2,
             "graceful_shutdown_wait_loop_s": 0.5,
             "logging_config": {"enable_access_log": False},

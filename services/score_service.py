@@ -139,6 +139,18 @@ def deploy_scores(
         raise
 
 
+def check_hosts(name: str, model: str) -> None:
+    """Raise ConfigError unless the Serve application ``name`` runs and hosts ``model``."""
+    config = _deployed(name)
+    if config is None:
+        raise ConfigError(
+            f"score application {name!r} is {_status(name) or 'not there'}; expected one that runs "
+            f"and hosts {model!r}"
+        )
+    if config.model != model:
+        raise ConfigError(f"score application {name!r} hosts {config.model!r}, not {model!r}")
+
+
 def delete_scores(names: Iterable[str]) -> None:
     """Delete Serve applications by name; those that do not exist are passed over."""
     for name in names:

@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from mara_rl.cli import agents, doctor, generate, prompts, rewards, serve, train
+from mara_rl.cli import agents, doctor, generate, prompts, rewards, serve, status, train
 from mara_rl.errors import MaraError
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
 app.command()(train.train)
 app.command()(generate.generate)
 app.command()(serve.serve)
+app.command()(status.status)
 app.command()(doctor.doctor)
 app.add_typer(agents.app, name="agents")
 app.add_typer(prompts.app, name="prompts")

@@ -49,7 +49,7 @@ def status(queue: _Queue = "default", single_node: _SingleNode = False) -> None:
     with _open_queue(queue, single_node) as target:
         figures = target.status()
         dead = target.dead_letters()
-    rows = _rows(figures)
+    rows = queue_rows(figures)
     rows += [(f"dead: {letter['prompt']}", letter["reason"]) for letter in dead]
     console = Console()
     if not console.is_terminal:
@@ -86,7 +86,7 @@ def _open_queue(name: str, single_node: bool) -> Iterator["PromptQueue"]:
         yield PromptQueue(client, name)
 
 
-def _rows(figures: "QueueStatus") -> list[tuple[str, str]]:
+def queue_rows(figures: "QueueStatus") -> list[tuple[str, str]]:
     rows = [
         ("prompts", str(figures.prompts)),
         ("epoch", "none yet" if figures.epoch < 0 else str(figures.epoch)),

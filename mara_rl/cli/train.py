@@ -15,6 +15,14 @@ def train(
     resume: Annotated[
         str | None, typer.Option("--resume", help="Continue a run, by name or folder.")
     ] = None,
+    run_name: Annotated[
+        str | None,
+        typer.Option(
+            "--run",
+            help="Name of the run: started if it is new, continued if it is not, left alone if it "
+            "is done. For jobs that may be submitted again.",
+        ),
+    ] = None,
     single_node: Annotated[
         bool,
         typer.Option("--single-node", help="Use this machine's Redis and MLflow inside a cluster."),
@@ -31,23 +39,29 @@ def train(
     if (config is None) == (resume is None):
         raise typer.BadParameter("give either a config to start or --resume RUN, not both")
     if resume is not None:
-        if overrides:
-            raise typer.BadParameter("--set cannot change a run that is resumed")
+        if overrides or run_name is not None:
+            given = "--set" if overrides else "--run"
+            raise typer.BadParameter(f"{given} cannot change a run that is resumed")
         folder, settings = RunFolder.open(resume)
     elif config is not None:
         settings = load_config(config, overrides or [])
-        folder = RunFolder.create(settings)
+        folder = RunFolder.named(run_name, settings) if run_name else RunFolder.create(settings)
     display = Display(Console())
     display.line(f"run {folder.name} in {folder.path}")
+    done = folder.outcome()
+    if run_name is not None and done is not None:
+        display.line(f"done before: {done.agent_uri}")
+        return
     from mara_rl.training.train import Interrupted
     from mara_rl.training.train import train as run
 
-    try:
-        run(settings, folder, display, single_node=single_node)
-    except Interrupted:
-        display.line(f"interrupted: continue with `mara-rl train --resume {folder.name}`")
-        raise
-    except MaraError:
-        if resume is None and not folder.checkpoints.exists():
-            remove_folder(folder.path)  # nothing began: there is nothing to resume
-        raise
+    with folder.claimed():
+        try:
+            run(settings, folder, display, single_node=single_node)
+        except Interrupted:
+            display.line(f"interrupted: continue with `mara-rl train --resume {folder.name}`")
+            raise
+        except MaraError:
+            if resume is None and not folder.checkpoints.exists():
+                remove_folder(folder.path)  # nothing began: there is nothing to resume
+            raise

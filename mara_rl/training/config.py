@@ -12,7 +12,10 @@ from envs.observation import StateDType
 from mara_rl.agent import AgentSpec, Fallback, Head, Rule
 from mara_rl.errors import ConfigError, first_problem
 from mara_rl.policy_llm import DType
+from services.replica_config import CustomResources
 from services.score_service import ScoreServiceConfig
+
+NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 
 class Section(BaseModel):
@@ -59,6 +62,11 @@ class ScoreConfig(ScoreServiceConfig):
     """One score model: its weight in the reward and the Serve replicas that host it."""
 
     weight: float = Field(description="weight in the reward; negative where lower is better")
+    app: str | None = Field(
+        None,
+        description="a Serve application that hosts the model already, for several runs; None: the "
+        "run starts its own, with the replicas named here",
+    )
 
 
 class ScoringConfig(Section):
@@ -82,6 +90,7 @@ class RolloutsConfig(Section):
     state_dtype: StateDType = "float16"
     num_cpus: float = Field(1.0, ge=0, description="CPUs per runner")
     num_gpus: float = Field(0.0, ge=0, description="GPUs per runner")
+    resources: CustomResources = Field({}, description="custom resources per runner")
     torch_threads: int | None = Field(None, ge=1)
     sample_timeout_s: float = Field(1800.0, gt=0)
     placement_timeout_s: float = Field(120.0, gt=0)
@@ -93,6 +102,7 @@ class LearnerConfig(Section):
     num_learners: int = Field(0, ge=0)
     num_cpus: float = Field(1.0, ge=0, description="CPUs per remote learner")
     num_gpus: float = Field(0.0, ge=0, description="GPUs per learner")
+    resources: CustomResources = Field({}, description="custom resources per remote learner")
 
 
 class WarmStartConfig(Section):
@@ -168,7 +178,7 @@ class RegistryConfig(Section):
 class TrainConfig(Section):
     """A whole training run."""
 
-    name: str = Field("train", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="run name")
+    name: str = Field("train", pattern=NAME_PATTERN, description="run name")
     seed: int = Field(0, ge=0)
     llm: LLMConfig
     candidates: CandidatesConfig = CandidatesConfig()

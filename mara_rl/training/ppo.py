@@ -105,11 +105,13 @@ def build_algorithm(
             sample_timeout_s=rollouts.sample_timeout_s,
             num_cpus_per_env_runner=rollouts.num_cpus,
             num_gpus_per_env_runner=rollouts.num_gpus,
+            custom_resources_per_env_runner=rollouts.resources,
         )
         .learners(
             num_learners=config.learner.num_learners,
             num_cpus_per_learner=config.learner.num_cpus,
             num_gpus_per_learner=config.learner.num_gpus,
+            custom_resources_per_learner=config.learner.resources,
             learner_class=AcceptLearner,
             learner_connector=functools.partial(_connectors, ppo.kl_coeff, prompts),
         )

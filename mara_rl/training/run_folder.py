@@ -1,19 +1,38 @@
 """A run on disk: its config, checkpoints, agent and evaluation."""
 
+import contextlib
+import fcntl
 import os
+import re
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field
 
 from mara_rl.errors import ConfigError, DataError
 from mara_rl.home import mara_home
-from mara_rl.training.config import TrainConfig, load_config
+from mara_rl.tracking.flat_values import flat_params
+from mara_rl.training.config import NAME_PATTERN, TrainConfig, load_config
+
+_LOCK = "lock"
+_OUTCOME = "outcome.json"
+
+
+class RunOutcome(BaseModel):
+    """What a finished run has made."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run: str
+    agent_uri: str = Field(description="models:/name/version of the registered agent")
+    preference_rate: str | None = Field(description="its result line; None without a comparison")
 
 
 class RunFolder:
-    """``MARA_HOME/<run>``: ``config.yaml``, ``checkpoints/``, ``agent/``, ``evaluation/``."""
+    """``MARA_HOME/<run>``: config, checkpoints, agent, evaluation, outcome."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -21,6 +40,10 @@ class RunFolder:
     @property
     def name(self) -> str:
         return self.path.name
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
 
     @property
     def checkpoints(self) -> Path:
@@ -46,9 +69,35 @@ class RunFolder:
                 break
             except FileExistsError:
                 number += 1
-        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        write_atomically(path / "config.yaml", text)
-        return cls(path)
+        folder = cls(path)
+        folder._write_config(config)
+        return folder
+
+    @classmethod
+    def named(cls, name: str, config: TrainConfig) -> "RunFolder":
+        """The folder of run ``name``, new or as an earlier process left it.
+
+        So a job that is submitted again under its name goes on. Raises ConfigError for a bad name,
+        and where the run was started with another config.
+        """
+        if not re.fullmatch(NAME_PATTERN, name):
+            raise ConfigError(
+                f"run name {name!r}: expected letters, digits, '.', '_' and '-', beginning with a "
+                "letter or digit"
+            )
+        folder = cls(mara_home() / name)
+        folder.path.mkdir(exist_ok=True)
+        if not folder.config.is_file():
+            folder._write_config(config)
+            return folder
+        before = load_config(str(folder.config))
+        if before != config:
+            difference = _first_difference(before, config)
+            raise ConfigError(
+                f"run {name!r} was started with another config ({difference}): give the new one "
+                "another run name"
+            )
+        return folder
 
     @classmethod
     def open(cls, run: str) -> tuple["RunFolder", TrainConfig]:
@@ -57,13 +106,64 @@ class RunFolder:
         Raises ConfigError when there is no such run.
         """
         path = Path(run) if Path(run).is_dir() else mara_home() / run
-        if not (path / "config.yaml").is_file():
+        if not cls(path).config.is_file():
             known = sorted(p.parent.name for p in mara_home().glob("*/config.yaml"))
             raise ConfigError(
                 f"run {run!r}: no such run in {mara_home()}; expected one of: "
                 f"{', '.join(known) or 'none yet'}"
             )
-        return cls(path.resolve()), load_config(str(path / "config.yaml"))
+        folder = cls(path.resolve())
+        return folder, load_config(str(folder.config))
+
+    def _write_config(self, config: TrainConfig) -> None:
+        text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        write_atomically(self.config, text)
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Keep all other processes from training in this folder, also on other machines.
+
+        The system gives the folder free when this process ends, however it ends. Raises ConfigError
+        when another one has it.
+        """
+        with open(self.path / _LOCK, "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"run {self.name!r} is being trained by another process; expected one that is "
+                    "stopped (`mara-rl status {self.name}` tells how far it is)"
+                ) from None
+            yield
+
+    def is_claimed(self) -> bool:
+        """Whether a process trains in this folder at this moment."""
+        try:
+            with open(self.path / _LOCK) as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            return False
+        except BlockingIOError:
+            return True
+        return False
+
+    def finish(self, outcome: RunOutcome) -> None:
+        """Note that the run is done: resubmitting it by name does nothing more."""
+        write_atomically(self.path / _OUTCOME, outcome.model_dump_json(indent=1) + "\n")
+
+    def outcome(self) -> RunOutcome | None:
+        """What the run has come to, None before its end."""
+        path = self.path / _OUTCOME
+        if not path.exists():
+            return None
+        return RunOutcome.model_validate_json(path.read_text(encoding="utf-8"))
+
+
+def _first_difference(before: TrainConfig, now: TrainConfig) -> str:
+    """E.g. ``ppo.lr 0.1, not 0.2``."""
+    old, new = (flat_params(config.model_dump(mode="json")) for config in (before, now))
+    keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
+    return f"{keys[0]} {old.get(keys[0])}, not {new.get(keys[0])}" if keys else "a long value"
 
 
 def write_atomically(path: Path, text: str) -> None:

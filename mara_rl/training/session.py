@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from mara_rl.errors import ConfigError
 from mara_rl.tracking.store import tracking_uri
 from mara_rl.training.config import TrainConfig
+from mara_rl.training.run_names import score_apps
 from services.prompt_source import PromptSourceConfig
 from services.ray_session import check_resources, ray_session
 from services.redis_server import redis_url
+from services.replica_config import resource_bundle
 from services.score_client import ScoreClientConfig
-from services.score_service import ScoreServiceConfig, deploy_scores
+from services.score_service import ScoreServiceConfig, check_hosts, delete_scores, deploy_scores
 
 
 @dataclass(frozen=True)
@@ -25,13 +27,14 @@ class Session:
 
 
 @contextlib.contextmanager
-def training_session(config: TrainConfig, *, single_node: bool) -> Iterator[Session]:
+def training_session(config: TrainConfig, run: str, *, single_node: bool) -> Iterator[Session]:
     """Open the services of a run; embedded ones only where this process started Ray itself.
 
     Raises ConfigError naming what is missing before anything heavy starts: the resource plan is
-    checked against the cluster first.
+    checked against the cluster first. On a cluster that others share, the score services bear the
+    run's name and are deleted at the end; those named by ``scores.<name>.app`` are left alone.
     """
-    with ray_session() as ray:
+    with ray_session() as ray, contextlib.ExitStack() as closing:
         alone = ray.owns_cluster or single_node
         if not alone and "MARA_HOME" not in os.environ:
             raise ConfigError(
@@ -41,11 +44,18 @@ def training_session(config: TrainConfig, *, single_node: bool) -> Iterator[Sess
         check_resources(resource_plan(config))
         with redis_url(allow_embedded=alone) as url:
             uri = tracking_uri(allow_local=alone)
+            apps = score_apps(config, run, shared_cluster=not ray.owns_cluster)
             services = {
-                name: ScoreServiceConfig(**score.model_dump(exclude={"weight"}))
+                apps[name]: ScoreServiceConfig(**score.model_dump(exclude={"weight", "app"}))
                 for name, score in config.scores.items()
+                if score.app is None
             }
+            for score in config.scores.values():
+                if score.app is not None:
+                    check_hosts(score.app, score.model)
             deploy_scores(services, ready_timeout_s=config.rollouts.placement_timeout_s)
+            if not ray.owns_cluster:
+                closing.callback(delete_scores, services)
             yield Session(
                 prompts=PromptSourceConfig(
                     url=url,
@@ -55,7 +65,7 @@ def training_session(config: TrainConfig, *, single_node: bool) -> Iterator[Sess
                     prefetch=config.rollouts.num_slots,
                 ),
                 scores=ScoreClientConfig(
-                    apps={name: name for name in config.scores},
+                    apps=apps,
                     deadline_s=config.scoring.deadline_s,
                     max_attempts=config.scoring.max_attempts,
                 ),
@@ -64,18 +74,16 @@ def training_session(config: TrainConfig, *, single_node: bool) -> Iterator[Sess
 
 
 def resource_plan(config: TrainConfig) -> list[tuple[str, dict[str, float]]]:
-    """Every actor of a run with the resources it asks for."""
+    """Every actor that a run starts, with the resources it asks for."""
     plan = [
         (name, score.bundle)
         for name, score in config.scores.items()
+        if score.app is None
         for _ in range(score.num_replicas)
     ]
     rollouts, learner = config.rollouts, config.learner
-    plan += [("runners", _bundle(rollouts.num_cpus, rollouts.num_gpus))] * rollouts.num_runners
-    plan += [("learners", _bundle(learner.num_cpus, learner.num_gpus))] * learner.num_learners
+    runner = resource_bundle(rollouts.num_cpus, rollouts.num_gpus, rollouts.resources)
+    plan += [("runners", runner)] * rollouts.num_runners
+    remote = resource_bundle(learner.num_cpus, learner.num_gpus, learner.resources)
+    plan += [("learners", remote)] * learner.num_learners
     return plan
-
-
-def _bundle(num_cpus: float, num_gpus: float) -> dict[str, float]:
-    bundle = {"CPU": num_cpus, "GPU": num_gpus}
-    return {resource: amount for resource, amount in bundle.items() if amount}

@@ -4,7 +4,6 @@ import contextlib
 import logging
 import signal
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,8 +12,8 @@ from envs.reward import RewardSpec
 from mara_rl import __version__
 from mara_rl.agent_files import save_agent
 from mara_rl.errors import DataError, RetryableError
-from mara_rl.evaluation.heldout import HeldoutResult
 from mara_rl.policy_llm import llm_hidden_size
+from mara_rl.preference import result_line
 from mara_rl.score_models.loading import score_model_folder
 from mara_rl.tracking.run import TrackingRun
 from mara_rl.training.base_phase import BasePhase, run_base_phase
@@ -27,25 +26,15 @@ from mara_rl.training.ppo import build_algorithm
 from mara_rl.training.ppo_phase import PPOPhase
 from mara_rl.training.prompt_sets import fitting_prompts, load_prompts
 from mara_rl.training.rollout_group import RolloutGroup, derived_seed, seed_everything
-from mara_rl.training.run_folder import RunFolder, remove_folder
+from mara_rl.training.run_folder import RunFolder, RunOutcome, remove_folder
+from mara_rl.training.run_names import EXPERIMENT, queue_name
 from mara_rl.training.session import training_session
 from services.redis_server import redis_errors
 from services.score_client import ScoreClient
 
-EXPERIMENT = "mara-rl"
-
 
 class Interrupted(KeyboardInterrupt):
     """The user pressed Ctrl-C; what training had done by then is in a checkpoint."""
-
-
-@dataclass(frozen=True)
-class TrainOutcome:
-    """What a finished run has made."""
-
-    run: str
-    agent_uri: str
-    heldout: HeldoutResult | None
 
 
 def train(
@@ -54,7 +43,7 @@ def train(
     display: Display,
     *,
     single_node: bool = False,
-) -> TrainOutcome:
+) -> RunOutcome:
     """Run or resume (from the folder's newest whole checkpoint) a training run to its end.
 
     Raises MaraError with a one-line reason, or `Interrupted` after Ctrl-C, with a checkpoint saved
@@ -76,7 +65,9 @@ def train(
     state = resumed[0] if resumed else TrainState()
     with _interrupts(display) as check_interrupt, contextlib.ExitStack() as stack:
         with display.phase("starting services", total=1):
-            session = stack.enter_context(training_session(config, single_node=single_node))
+            session = stack.enter_context(
+                training_session(config, folder.name, single_node=single_node)
+            )
             tracking = stack.enter_context(
                 TrackingRun.start(
                     session.tracking_uri,
@@ -87,9 +78,8 @@ def train(
                 )
             )
             state.mlflow_run_id = tracking.run_id
-            # A queue of its own for every run, the same one for a resumed run.
-            queue_name = config.prompts.queue or f"{folder.name}-{tracking.run_id[:8]}"
-            prompt_source = session.prompts.model_copy(update={"queue": queue_name})
+            name = queue_name(config, folder.name, tracking.run_id)
+            prompt_source = session.prompts.model_copy(update={"queue": name})
             with redis_errors(session.prompts.url):
                 queue = prompt_source.open_queue()
                 queue.push(train_prompts, repeats=config.prompts.repeats)
@@ -174,7 +164,13 @@ def train(
             {f"time/{name.replace(' ', '_')}_s": s for name, s in display.phase_s.items()},
             step=state.iteration,
         )
-    return TrainOutcome(folder.name, agent_uri, heldout)
+    outcome = RunOutcome(
+        run=folder.name,
+        agent_uri=agent_uri,
+        preference_rate=result_line(heldout.both) if heldout else None,
+    )
+    folder.finish(outcome)
+    return outcome
 
 
 def _begin(state: TrainState, base: BasePhase, weights: LearnerWeights) -> None:

@@ -17,6 +17,7 @@ from services.ray_session import ray_session
 from services.score_service import (
     ScoreService,
     ScoreServiceConfig,
+    check_hosts,
     delete_scores,
     deploy_scores,
 )
@@ -83,6 +84,15 @@ def test_config_names_what_is_wrong():
     assert ScoreServiceConfig(model="m", num_gpus=0.5).bundle == {"CPU": 1, "GPU": 0.5}
 
 
+def test_custom_resources_are_reserved_and_checked():
+    config = ScoreServiceConfig(model="m", num_cpus=0, resources={"a100": 0.5})
+    assert config.bundle == {"a100": 0.5}
+    assert config.deployment_options()["ray_actor_options"]["resources"] == {"a100": 0.5}
+    for wrong in ({"GPU": 1}, {"a100": 0}, {"a100": "some"}):
+        with pytest.raises(ValidationError, match="resources"):
+            ScoreServiceConfig(model="m", resources=wrong)
+
+
 def test_a_forward_pass_that_hangs_is_unhealthy_and_one_that_ends_is_not():
     service = LengthService(ScoreServiceConfig(model="m", forward_timeout_s=0.2))
     asyncio.run(service.check_health())
@@ -121,6 +131,16 @@ class TestOnCluster:
             direct = load_score_model(config.model, device="cpu").score(pairs)
             assert served == pytest.approx(direct, abs=1e-5)
             assert len(set(served)) > 32
+
+    def test_an_application_shared_by_runs_has_to_host_the_model_that_is_meant(
+        self, cluster, configs
+    ):
+        deploy_scores(configs)
+        check_hosts("cost", configs["cost"].model)
+        with pytest.raises(ConfigError, match=r"'cost' hosts '.*/cost', not 'another'"):
+            check_hosts("cost", "another")
+        with pytest.raises(ConfigError, match="'absent' is not there; expected one that runs"):
+            check_hosts("absent", "another")
 
     def test_deploying_again_keeps_what_is_equal_and_replaces_what_is_not(self, cluster, configs):
         deploy_scores(configs)

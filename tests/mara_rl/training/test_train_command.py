@@ -13,6 +13,9 @@ import pytest
 import yaml
 from tiny_checkpoints import BeaverFolder
 
+from mara_rl.training.config import load_config
+from mara_rl.training.run_folder import RunFolder, RunOutcome
+
 pytestmark = pytest.mark.slow
 
 RESULT_LINE = re.compile(r"^preference rate: [+-]\d+\.\d \[[+-]\d+\.\d, [+-]\d+\.\d\] \(n=\d+\)$")
@@ -81,7 +84,8 @@ def test_a_run_trains_compares_registers_and_resumes(config: Path, home: Path) -
             for line in lines
         )
     run = home / "tiny-1"
-    assert {p.name for p in run.iterdir()} == {"config.yaml", "checkpoints", "agent", "evaluation"}
+    made = {"config.yaml", "checkpoints", "agent", "evaluation", "lock", "outcome.json"}
+    assert {p.name for p in run.iterdir()} == made
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["000002", "000004"]
     figures = json.loads((run / "evaluation" / "summary.json").read_text())
     assert figures["all"]["n"] == 40
@@ -99,6 +103,23 @@ def test_a_run_trains_compares_registers_and_resumes(config: Path, home: Path) -
         for out in (done.stdout, again.stdout)
     )
     assert first == second
+
+
+def test_a_run_by_name_is_left_alone_once_done_and_by_another_config(home: Path) -> None:
+    settings = load_config("quickstart")
+    folder = RunFolder.named("mine", settings)
+    other = mara_rl("train", "quickstart", "--set", "seed=1", "--run", "mine")
+    assert other.returncode == 1
+    assert "run 'mine' was started with another config (seed 0, not 1)" in other.stderr
+    with folder.claimed():
+        second = mara_rl("train", "quickstart", "--run", "mine")
+    assert second.returncode == 1
+    assert "error: run 'mine' is being trained by another process" in second.stderr
+    assert RunFolder.open("mine")[1] == settings
+    folder.finish(RunOutcome(run="mine", agent_uri="models:/mara-x/1", preference_rate=None))
+    done = mara_rl("train", "quickstart", "--run", "mine")
+    assert done.returncode == 0
+    assert "done before: models:/mara-x/1" in done.stdout
 
 
 def test_ctrl_c_saves_and_the_run_resumes(config: Path, home: Path) -> None:
@@ -153,6 +174,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(config: Path, home: Path) -> 
         (["train", "nonsense"], 1, "error: config 'nonsense': neither a preset"),
         (["train", "quickstart", "--set", "ppo.x=1"], 1, "error: config 'quickstart': unknown key"),
         (["train", "--resume", "gone"], 1, "error: run 'gone': no such run"),
+        (["train", "--resume", "gone", "--run", "it"], 2, "--run cannot change a run"),
+        (["train", "quickstart", "--run", "../it"], 1, "error: run name '../it': expected letters"),
         (
             ["train", "quickstart", "--set", "prompts.train=missing.jsonl"],
             1,

@@ -1,0 +1,169 @@
+"""The recipes of `deploy/` on a cluster of this machine: submit, look up, submit again, serve."""
+
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import openai
+import pytest
+import yaml
+from local_cluster import ROOT, LocalCluster, free_ports, local_cluster
+
+from mara_rl.training.run_folder import RunOutcome
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+
+RUN = "smoke-1"
+SUBMIT = str(ROOT / "deploy" / "submit.sh")
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
+    if shutil.which("redis-server") is None:
+        reason = "no redis-server: apt-get install redis-server"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    folder = tmp_path_factory.mktemp("cluster")
+    with local_cluster(folder, num_cpus=4, home=folder / "home") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def trained(cluster: LocalCluster) -> str:
+    """What the job of the first submission has printed."""
+    done = cluster.run(SUBMIT, RUN, "deploy/smoke.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_a_submitted_run_ends_with_a_registered_agent(cluster: LocalCluster, trained: str) -> None:
+    assert "registered models:/mara-smoke@candidate (version 1)" in trained
+    assert re.search(r"^preference rate: .*\(n=8\)$", trained, re.MULTILINE)
+    outcome = RunOutcome.model_validate_json((home(cluster) / RUN / "outcome.json").read_text())
+    assert outcome.agent_uri == "models:/mara-smoke/1"
+
+
+def test_no_secret_reaches_the_job_s_log_or_description(
+    cluster: LocalCluster, trained: str
+) -> None:
+    described = cluster.run("ray", "job", "list")
+    assert RUN in described.stdout
+    password = cluster.redis.split("@")[0].rpartition(":")[2]
+    for secret in (password, cluster.environment["RAY_AUTH_TOKEN"]):
+        assert secret not in described.stdout + described.stderr + trained
+
+
+def test_the_agent_loads_and_runs_with_mlflow_and_torch_alone(
+    cluster: LocalCluster, trained: str
+) -> None:
+    script = """
+import sys
+
+class OnlyMlflowAndTorch:
+    def find_spec(self, name, path=None, target=None):
+        barred = ("mara_rl", "envs", "services", "ray", "transformers", "redis", "gymnasium")
+        if name.partition(".")[0] in barred:
+            raise ModuleNotFoundError(f"barred: {name}")
+
+sys.meta_path.insert(0, OnlyMlflowAndTorch())
+import mlflow, numpy as np
+agent = mlflow.pyfunc.load_model("models:/mara-smoke@candidate")
+width = agent.metadata.signature.inputs.inputs[0].shape[1]
+state = np.zeros((3, width), np.float32)
+accept = agent.predict({"h": state, "base_logit": np.zeros(3, np.float32), "h_prefix": state})
+print(accept.shape, bool(((accept > 0) & (accept < 1)).all()))
+"""
+    done = cluster.run(sys.executable, "-c", script)
+    assert done.stdout.splitlines()[-1:] == ["(3,) True"], done.stderr
+
+
+def test_status_tells_of_job_queue_checkpoint_and_metrics(
+    cluster: LocalCluster, trained: str
+) -> None:
+    done = cluster.run("mara-rl", "status", RUN, "--json")
+    assert done.returncode == 0, done.stderr
+    status = json.loads(done.stdout)
+    assert status["state"] == "done"
+    assert status["checkpoint"]["iteration"] == 1
+    assert status["queue"]["prompts"] > 100
+    assert status["queue"]["dead"] == 0
+    assert [job["status"] for job in status["ray"]["jobs"]] == ["SUCCEEDED"]
+    assert status["ray"]["services"] == {}, "the run's own score services went with it"
+    assert status["tracking"]["status"] == "FINISHED"
+    assert status["tracking"]["iteration"] == 1
+    assert status["tracking"]["metrics"]["rollout/answers"] > 0
+    assert status["unreachable"] == {}
+
+
+def test_a_run_that_is_done_ends_at_once_when_submitted_again(
+    cluster: LocalCluster, trained: str
+) -> None:
+    began = time.monotonic()
+    again = cluster.run(SUBMIT, RUN, "deploy/smoke.yaml")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "done before: models:/mara-smoke/1" in again.stdout
+    assert time.monotonic() - began < 60
+
+
+def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(
+    cluster: LocalCluster, trained: str
+) -> None:
+    (home(cluster) / RUN / "outcome.json").unlink()  # as if it had died before its end
+    again = cluster.run(SUBMIT, RUN, "deploy/smoke.yaml")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"resumed {RUN} at iteration 1" in again.stdout
+    assert "registered models:/mara-smoke@candidate (version 2)" in again.stdout
+
+
+def test_the_agent_is_served(cluster: LocalCluster, trained: str, tmp_path: Path) -> None:
+    [port] = free_ports(1)
+    config = yaml.safe_load((ROOT / "deploy" / "serve.yaml").read_text())
+    config["http_options"] |= {"host": "127.0.0.1", "port": port}
+    application = next(app for app in config["applications"] if app["name"] == "aligned")
+    application["args"] |= {"num_replicas": 1, "max_replicas": None}  # four LLMs need more memory
+    path = tmp_path / "serve.yaml"
+    path.write_text(yaml.safe_dump(config))
+    down = cluster.run("serve", "shutdown", "-y", "-a", cluster.dashboard)
+    assert down.returncode == 0, down.stdout + down.stderr
+    deployed = cluster.run("serve", "deploy", str(path), "-a", cluster.dashboard)
+    assert deployed.returncode == 0, deployed.stdout + deployed.stderr
+    client = openai.OpenAI(
+        base_url=f"http://127.0.0.1:{port}/v1",
+        api_key=cluster.environment["MARA_API_KEY"],
+        max_retries=0,
+    )
+    answer = None
+    deadline = time.monotonic() + 180
+    while answer is None:
+        try:
+            answer = client.chat.completions.create(
+                model="mara-smoke@candidate",
+                messages=[{"role": "user", "content": "Name three rivers."}],
+                max_tokens=8,
+                extra_body={"mara": {"scores": True}},
+            )
+        except (openai.APIConnectionError, openai.NotFoundError, openai.InternalServerError):
+            assert time.monotonic() < deadline, cluster.run("serve", "status").stdout
+            time.sleep(1)
+    assert answer.system_fingerprint.startswith("mara-smoke/")
+    assert set(answer.choices[0].mara["scores"]) == {"reward", "cost"}
+
+    # Its score services may serve runs as well, and stay when these end.
+    shared = ("--set", "scores.reward.app=reward", "--set", "scores.cost.app=cost")
+    quick = ("--set", "evaluation=null")
+    run = cluster.run(SUBMIT, "smoke-2", "deploy/smoke.yaml", *shared, *quick)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "registered models:/mara-smoke@candidate" in run.stdout
+    status = json.loads(cluster.run("mara-rl", "status", "smoke-2", "--json").stdout)
+    assert {app: found["status"] for app, found in status["ray"]["services"].items()} == {
+        "reward": "RUNNING",
+        "cost": "RUNNING",
+    }
+
+
+def home(cluster: LocalCluster) -> Path:
+    return Path(cluster.environment["MARA_HOME"])

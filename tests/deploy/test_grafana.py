@@ -1,0 +1,105 @@
+"""The Grafana dashboard asks for metrics that something exports, and its panels are well-formed."""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import ray
+from prometheus_client.parser import text_string_to_metric_families
+
+from services.endpoint_metrics import EndpointMetrics
+
+DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana" / "mara-rl.json"
+FUNCTIONS = {"histogram_quantile", "increase", "rate", "sum", "by", "le"}
+
+
+def dashboard() -> dict[str, Any]:
+    return json.loads(DASHBOARD.read_text(encoding="utf-8"))
+
+
+def expressions() -> Iterator[tuple[str, str]]:
+    for panel in dashboard()["panels"]:
+        for target in panel.get("targets", []):
+            yield panel["title"], target["expr"]
+
+
+def metric_names(expression: str) -> set[str]:
+    """Names in a PromQL expression, without functions, labels and what stands in braces."""
+    bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]|\bby \([^)]*\)", " ", expression)
+    return set(re.findall(r"[a-zA-Z_][a-zA-Z0-9_]{2,}", bare)) - FUNCTIONS
+
+
+@pytest.fixture(scope="module")
+def own_metrics() -> dict[str, set[str]]:
+    """Sample names of the endpoint's /metrics and their labels, after one request."""
+    metrics = EndpointMetrics("replica-1")
+    loop: Any = SimpleNamespace(
+        num_slots=1,
+        in_use=0,
+        waiting=0,
+        tokens={"base": 1, "aligned": 1},
+        examined={"base": 1, "aligned": 1},
+        looked={"base": 1, "aligned": 1},
+        finished=dict.fromkeys(("stop", "length", "cancelled", "failed"), 0),
+    )
+    metrics.watch(loop)
+    metrics.request_done("/v1/chat/completions", 200, 0.1)
+    metrics.first_token(0.1)
+    families = text_string_to_metric_families(metrics.text().decode())
+    return {s.name: set(s.labels) for family in families for s in family.samples}
+
+
+@pytest.fixture(scope="module")
+def ray_metrics() -> set[str]:
+    """What the panels of Ray's own dashboards, of the installed version, ask for."""
+    folder = Path(ray.__file__).parent / "dashboard" / "modules" / "metrics" / "dashboards"
+    text = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*_panels.py"))
+    return set(re.findall(r"\bray_[a-z0-9_]+", text))
+
+
+def test_every_metric_is_exported_by_something(
+    own_metrics: dict[str, set[str]], ray_metrics: set[str]
+) -> None:
+    used = {name for _, expression in expressions() for name in metric_names(expression)}
+    assert len(used) > 15
+    unknown = used - own_metrics.keys() - ray_metrics
+    assert not unknown
+    assert {name for name in own_metrics if name.startswith("mara_")} - {
+        "mara_candidates_looked_total",  # what speed costs, not a state to watch
+        "mara_request_seconds_count",
+        "mara_request_seconds_sum",
+        "mara_time_to_first_token_seconds_count",
+        "mara_time_to_first_token_seconds_sum",
+    } <= used, "a metric of the endpoint has no panel"
+
+
+def test_labels_are_those_of_the_metric(own_metrics: dict[str, set[str]]) -> None:
+    for title, expression in expressions():
+        grouped = {
+            label.strip()
+            for group in re.findall(r"\bby \(([^)]*)\)", expression)
+            for label in group.split(",")
+        }
+        for name in metric_names(expression) & own_metrics.keys():
+            assert grouped <= own_metrics[name], title
+
+
+def test_panels_do_not_overlap_and_have_ids_of_their_own() -> None:
+    panels = dashboard()["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    taken: set[tuple[int, int]] = set()
+    for panel in panels:
+        place = panel["gridPos"]
+        assert place["x"] + place["w"] <= 24
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert not cells & taken, panel["title"]
+        taken |= cells
+        assert panel["type"] == "row" or panel["description"]
