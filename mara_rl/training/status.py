@@ -1,9 +1,11 @@
 """How a run stands at this moment: its folder, its queue, its job and services, its metrics."""
 
 import os
+import socket
 import time
 from collections import Counter
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -203,11 +205,16 @@ def _ray(config: TrainConfig, run: str) -> RayStatus:
         )
     from ray.dashboard.modules.serve.sdk import ServeSubmissionClient
     from ray.dashboard.utils import get_address_for_submission_client
+    from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
     from ray.util.state import list_actors
+    from ray.util.state.exception import RayStateApiException
 
     try:
         address = get_address_for_submission_client(None)
+        place = urlsplit(address)  # Ray's clients wait for ever for a host that is not there
+        port = place.port or (443 if place.scheme == "https" else 80)
+        socket.create_connection((place.hostname, port), timeout=_RAY_TIMEOUT_S).close()
         jobs = [
             job
             for job in JobSubmissionClient(address).list_jobs()
@@ -222,7 +229,7 @@ def _ray(config: TrainConfig, run: str) -> RayStatus:
             for actor in list_actors(address, filters=filters, timeout=_RAY_TIMEOUT_S):
                 actors.setdefault(actor.class_name, Counter())[actor.state] += 1
         applications = ServeSubmissionClient(address).get_serve_details()["applications"]
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+    except (RayError, RayStateApiException, RuntimeError, ValueError, OSError) as error:
         raise ConfigError(f"no answer from Ray's dashboard: {first_line(error)}") from error
     apps = score_apps(config, run, shared_cluster=True).values()
     return RayStatus(

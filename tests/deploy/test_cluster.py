@@ -11,6 +11,7 @@ from pathlib import Path
 
 import openai
 import pytest
+import requests
 import yaml
 from local_cluster import ROOT, LocalCluster, free_ports, local_cluster
 
@@ -81,6 +82,15 @@ print(accept.shape, bool(((accept > 0) & (accept < 1)).all()))
     assert done.stdout.splitlines()[-1:] == ["(3,) True"], done.stderr
 
 
+def test_mlflow_answers_by_the_name_of_its_service_and_by_no_other(cluster: LocalCluster) -> None:
+    url = f"{cluster.mlflow}/api/2.0/mlflow/experiments/search?max_results=1"
+    status = {
+        host: requests.get(url, headers={"Host": host}, timeout=30).status_code
+        for host in ("mlflow:5000", "elsewhere.example.com")
+    }
+    assert status == {"mlflow:5000": 200, "elsewhere.example.com": 403}
+
+
 def test_status_tells_of_job_queue_checkpoint_and_metrics(
     cluster: LocalCluster, trained: str
 ) -> None:
@@ -97,6 +107,12 @@ def test_status_tells_of_job_queue_checkpoint_and_metrics(
     assert status["tracking"]["iteration"] == 1
     assert status["tracking"]["metrics"]["rollout/answers"] > 0
     assert status["unreachable"] == {}
+
+    wrong = cluster.run("env", f"RAY_AUTH_TOKEN={'0' * 64}", "mara-rl", "status", RUN, "--json")
+    assert wrong.returncode == 0, wrong.stderr
+    status = json.loads(wrong.stdout)
+    assert status["ray"] is None
+    assert "no answer from Ray's dashboard: " in status["unreachable"]["Ray"]
 
 
 def test_a_run_that_is_done_ends_at_once_when_submitted_again(

@@ -23,6 +23,7 @@ PROGRAMS: dict[str, Callable[[], Any]] = {
     "serve": lambda: importlib.import_module("ray.serve.scripts").cli,
     "mlflow": lambda: importlib.import_module("mlflow.cli").cli,
 }
+USAGE_ERRORS = (click.UsageError, typer.BadParameter.__mro__[1])  # typer has a click of its own
 PLACEHOLDERS = {"N": "1", "ID": "mine-1", "RUN": "mine", "NAME": "mine"}
 
 
@@ -42,6 +43,7 @@ def deploy_lines() -> Iterator[tuple[str, str]]:
     """Command lines of the files in `deploy/`."""
     submit = (ROOT / "deploy" / "submit.sh").read_text().replace("\\\n", " ")
     [line] = re.findall(r"^exec (.*)$", submit, re.MULTILINE)
+    line = re.sub(r"\$\{\w+:-(\w+)\}", r"\1", line)  # the default of a variable
     yield "deploy/submit.sh", line.replace('"$@"', "deploy/smoke.yaml --set seed=1")
     ray_up = yaml.safe_load((ROOT / "deploy" / "ray-cluster.yaml").read_text())
     for key in ("head_start_ray_commands", "worker_start_ray_commands"):
@@ -80,14 +82,17 @@ def command_lines() -> list[Any]:
 
 
 def parse(words: list[str]) -> None:
-    """Raise click's UsageError unless the program takes these arguments; nothing is run."""
+    """Raise an error of usage unless the program takes these arguments; nothing is run.
+
+    Without arguments, as prose names a command, it only has to exist.
+    """
     command, arguments = PROGRAMS[words[0]](), [PLACEHOLDERS.get(word, word) for word in words[1:]]
-    context = click.Context(command, info_name=words[0])
-    while hasattr(command, "resolve_command"):
+    context = command.context_class(command, info_name=words[0])
+    while arguments and hasattr(command, "resolve_command"):
         name, command, arguments = command.resolve_command(context, arguments)
-        assert command is not None, name
-        context = click.Context(command, info_name=name, parent=context)
-    command.make_context(context.info_name, list(arguments), parent=context.parent)
+        context = command.context_class(command, info_name=name, parent=context)
+    if arguments:
+        command.make_context(context.info_name, list(arguments), parent=context.parent)
 
 
 @pytest.mark.parametrize("words", command_lines())
@@ -121,5 +126,5 @@ def test_the_lines_are_found() -> None:
     ],
 )
 def test_a_wrong_line_is_found(line: str) -> None:
-    with pytest.raises(click.UsageError):
+    with pytest.raises(USAGE_ERRORS):
         parse(line.split())

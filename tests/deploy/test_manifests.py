@@ -13,6 +13,7 @@ import yaml
 from dockerfile_parse import DockerfileParser
 from kubernetes_kinds import check_manifest
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from ray._private.ray_constants import get_runtime_env_default_excludes
 from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
@@ -375,7 +376,8 @@ def test_the_ray_cluster_file_is_what_ray_up_takes() -> None:
 
 def test_a_job_brings_the_code_and_the_shipped_models_and_no_more(tmp_path: Path) -> None:
     package = tmp_path / "working_dir.zip"
-    create_package(str(ROOT), package, include_gitignore=True)
+    excludes = get_runtime_env_default_excludes()
+    create_package(str(ROOT), package, include_gitignore=True, excludes=excludes)
     with zipfile.ZipFile(package) as archive:
         names = set(archive.namelist())
     tops = {name.partition("/")[0] for name in names}

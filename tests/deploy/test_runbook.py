@@ -30,8 +30,9 @@ def test_quoted_lines_of_the_log_are_in_the_code() -> None:
         span
         for entry in ENTRIES
         for where in re.findall(r"^- \*\*Where\*\*: (.*)$", entry, re.MULTILINE)
-        for after in re.findall(r"[Ll]og(?: again)?: (.*)", where)
-        for span in re.findall(r"`([^`]+)`", after)
+        for part in where.split("; ")
+        if part.lower().startswith("log: ")
+        for span in re.findall(r"`([^`]+)`", part)
         if " " in span
     ]
     assert len(quoted) > 25

@@ -164,6 +164,8 @@ def mlflow_server(folder: Path) -> Iterator[str]:
     command = [BIN / "mlflow", "server", "--host", "127.0.0.1", "--port", port, "--workers", 1]
     command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
     command += ["--artifacts-destination", folder / "artifacts", "--serve-artifacts"]
+    # The name of the service on Kubernetes and in Compose, and where it is here.
+    command += ["--allowed-hosts", f"mlflow:5000,127.0.0.1:{port}"]
     url = f"http://127.0.0.1:{port}"
 
     def answers() -> bool:
