@@ -13,7 +13,7 @@ from mara_rl.training.config import TrainConfig, load_config
 
 
 class RunFolder:
-    """``MARA_HOME/<run>``: ``config.yaml``, ``checkpoints/``, ``agent/``, ``evaluation/``."""
+    """``MARA_HOME/<run>``: config, MLflow run id, checkpoints, agent, evaluation."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -33,6 +33,16 @@ class RunFolder:
     @property
     def evaluation(self) -> Path:
         return self.path / "evaluation"
+
+    @property
+    def mlflow_run_id(self) -> str | None:
+        """The MLflow run of this run; None before it has one."""
+        path = self.path / "mlflow_run_id"
+        return path.read_text(encoding="utf-8") if path.exists() else None
+
+    @mlflow_run_id.setter
+    def mlflow_run_id(self, run_id: str) -> None:
+        write_atomically(self.path / "mlflow_run_id", run_id)
 
     @classmethod
     def create(cls, config: TrainConfig) -> "RunFolder":

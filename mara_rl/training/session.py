@@ -52,6 +52,8 @@ def training_session(config: TrainConfig, *, single_node: bool) -> Iterator[Sess
                     seed=config.seed,
                     deadline_s=config.prompts.read_timeout_s,
                     max_failures=config.prompts.max_failures,
+                    dead_after_s=config.prompts.dead_after_s,
+                    heartbeat_s=config.prompts.dead_after_s / 12,
                     prefetch=config.rollouts.num_slots,
                 ),
                 scores=ScoreClientConfig(
