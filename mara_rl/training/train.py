@@ -109,6 +109,7 @@ def train(
             display,
             check_interrupt,
         )
+        resumes = resumed[0].restarts if resumed else 0
         restarts, saved = 0, -1
         while True:
             try:
@@ -122,7 +123,8 @@ def train(
                 if restarts > _MAX_RESTARTS:
                     raise
                 saved = state.iteration
-                state.restarts += 1
+                resumes += 1
+                state.restarts = resumes
                 display.line(f"{error}; going back to checkpoint {saved}")
                 time.sleep(_RESTART_WAIT_S * (restarts - 1))
                 check_interrupt()

@@ -44,17 +44,20 @@ class TinyModels:
             self.scores[name] = checkpoint.write()
 
 
-def write_config(folder: Path, models: TinyModels, prompts: list[str], **sections: Any) -> Path:
-    """A config file; ``sections`` are merged into its sections."""
-    file = folder / "prompts.jsonl"
-    rows = [{"id": f"p{i}", "prompt": text} for i, text in enumerate(prompts)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+def write_config(folder: Path, models: TinyModels, texts: list[str], **sections: Any) -> Path:
+    """A config file; ``sections`` are merged into its sections. Held-out prompts are not poisoned."""
+    train, heldout = folder / "train.jsonl", folder / "heldout.jsonl"
+    for file, poison in ((train, POISON), (heldout, "")):
+        rows = [
+            {"id": f"p{i}", "prompt": text.replace(POISON, poison)} for i, text in enumerate(texts)
+        ]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     service = {"num_cpus": 0.1, "torch_threads": 1}
     settings: dict[str, Any] = {
         "name": "tiny",
         "llm": {"name": str(models.llm), "dtype": "float32"},
         "candidates": {"top_k": 8, "top_p": 0.9},
-        "prompts": {"train": str(file), "heldout": str(file), "dead_after_s": 5},
+        "prompts": {"train": str(train), "heldout": str(heldout), "dead_after_s": 5},
         "scores": {
             name: {"model": str(path), "weight": weight, **service}
             for (name, path), weight in zip(models.scores.items(), (1.0, -1.0), strict=True)

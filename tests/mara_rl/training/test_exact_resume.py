@@ -8,7 +8,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
-from training_runs import TinyModels, TrainingProcess, all_metrics, iterations, write_config
+from training_runs import POISON, TinyModels, TrainingProcess, all_metrics, iterations, write_config
 
 from mara_rl.training.checkpoint import load_newest_checkpoint
 
@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exact")
     prompts = [f"Tell me about {i} foxes." for i in range(30)]
-    prompts[3] += " é"  # its reward is NaN
+    prompts[3] += POISON  # its reward is NaN
     prompts[5] *= 100  # longer than the context
     return write_config(
         folder,
