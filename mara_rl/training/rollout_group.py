@@ -166,8 +166,8 @@ class RolloutGroup:
         )
         # Those found dead by that call are not among the healthy ones any more.
         silent = [i for i in self._group.healthy_env_runner_ids() if i not in answering]
-        manager = self._group._worker_manager  # RLlib offers no other way to replace one
         for number in silent:
+            manager = self._group._worker_manager  # RLlib offers no other way to replace one
             ray.kill(manager.actors()[number], no_restart=False)
             manager.set_actor_state(number, healthy=False)
         return silent

@@ -21,7 +21,7 @@ from tiny_llms import save_tiny_llms
 
 COMMAND = [sys.executable, "-c", "from mara_rl.cli.app import main; main()"]
 POISON = "é"
-RUNNER, REPLICA, LEARNER = "SingleAgentEnvRunner", "ServeReplica:{}", "AcceptLearner"
+RUNNER, REPLICA, LEARNER = "SingleAgentEnvRunner", "ServeReplica:{}", "_WrappedExecutable"
 """What `TrainingProcess.processes` finds the processes of a run by."""
 
 
@@ -45,7 +45,7 @@ class TinyModels:
 
 
 def write_config(folder: Path, models: TinyModels, texts: list[str], **sections: Any) -> Path:
-    """A config file; ``sections`` are merged into its sections. Held-out prompts are not poisoned."""
+    """A config file; ``sections`` are merged into its sections. No poison in held-out prompts."""
     train, heldout = folder / "train.jsonl", folder / "heldout.jsonl"
     for file, poison in ((train, POISON), (heldout, "")):
         rows = [
