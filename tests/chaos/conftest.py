@@ -62,7 +62,7 @@ class Chaos:
         self.runs.append(TrainingProcess(self.home, *arguments, env=self.env))
         return self.runs[-1]
 
-    def recovered(self, run: TrainingProcess, at: float, timeout_s: float = 120) -> float:
+    def recovered(self, run: TrainingProcess, at: float, timeout_s: float = 300) -> float:
         """Wait until the run trains again after a fault at the time ``at``: seconds it took.
 
         The first iteration that ends afterwards may have had its samples before.

@@ -137,7 +137,7 @@ class TrainingProcess:
             self._known |= set(psutil.Process(self.process.pid).children(recursive=True))
         return [process for process in self._known if process.is_running()]
 
-    def until(self, condition: Callable[[], Any], what: str, timeout_s: float = 120) -> Any:
+    def until(self, condition: Callable[[], Any], what: str, timeout_s: float = 300) -> Any:
         """Wait for a true value of ``condition`` while the run goes on, and return it."""
         deadline = time.monotonic() + timeout_s
         while not (value := condition()):
@@ -146,7 +146,7 @@ class TrainingProcess:
             time.sleep(0.05)
         return value
 
-    def until_line(self, text: str, timeout_s: float = 120) -> float:
+    def until_line(self, text: str, timeout_s: float = 300) -> float:
         """Wait for a line with ``text`` in it; the time it came."""
         return self.until(
             lambda: next((at for at, line in list(self.lines) if text in line), None),
@@ -154,7 +154,7 @@ class TrainingProcess:
             timeout_s,
         )
 
-    def until_iteration(self, number: int, timeout_s: float = 120) -> float:
+    def until_iteration(self, number: int, timeout_s: float = 300) -> float:
         """Wait until MLflow has the metrics of an iteration; the time they were logged."""
         return self.until(
             lambda: dict(iterations(self.home)).get(number), f"iteration {number}", timeout_s
@@ -174,7 +174,7 @@ class TrainingProcess:
         assert not alive, alive
         return at
 
-    def finish(self, status: int = 0, timeout_s: float = 120) -> str:
+    def finish(self, status: int = 0, timeout_s: float = 300) -> str:
         """Wait for the end of the run, check its exit status and return what it printed."""
         try:
             self.process.wait(timeout_s)
