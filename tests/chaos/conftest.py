@@ -1,7 +1,6 @@
 """A run on tiny models whose parts the tests of this folder kill."""
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -118,14 +117,3 @@ def chaos(tmp_path: Path, models: TinyModels) -> Iterator[Chaos]:
     chaos = Chaos(tmp_path, models)
     yield chaos
     chaos.close()
-
-
-@pytest.fixture
-def eventually() -> Callable[..., None]:
-    def wait(condition: Callable[[], Any], timeout_s: float = 60) -> None:
-        deadline = time.monotonic() + timeout_s
-        while not condition():
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
-
-    return wait
