@@ -11,7 +11,7 @@ from envs.observation import FORCED, StateDType, encode_state
 from envs.protocols import Prompt, PromptSource, Scorer
 from envs.reward import RewardSpec
 from mara_rl.candidate_walk import ACCEPT, CandidateWalk
-from mara_rl.errors import RetryableError
+from mara_rl.errors import DataError, RetryableError
 from mara_rl.policy_llm import PolicyLLM
 from mara_rl.slot_engine import SlotEngine
 
@@ -161,7 +161,11 @@ class AcceptRejectTask:
         return torch.where(self.walk.active, self.walk.pending_ids(), -1).numpy()
 
     def score(self, answers: Sequence[Answer]) -> None:
-        """Score answers in one call and set their rewards; those without a finite score fail."""
+        """Score answers in one call and set their rewards; those without a finite score fail.
+
+        Where a score model refuses the call, it is made again in halves: only the answers that it
+        refuses on their own fail.
+        """
         if not answers:
             return
         try:
@@ -170,6 +174,14 @@ class AcceptRejectTask:
             for answer in answers:
                 answer.outage = True
                 self._fail(answer, str(error))
+            return
+        except DataError as error:
+            if len(answers) == 1:
+                self._fail(answers[0], str(error))
+                return
+            half = len(answers) // 2
+            self.score(answers[:half])
+            self.score(answers[half:])
             return
         rewards = self.reward(self.scorer.names, scores)
         for answer, row, reward in zip(answers, scores, rewards, strict=True):

@@ -30,6 +30,8 @@ class QueuePosition(BaseModel):
     head: list[Ticket] = Field(description="read and not delivered, or out of order")
     frontier: str | None = Field(description="rank of the first unread entry; None: all are read")
     tail: list[Ticket] = Field(description="queued again behind the epoch")
+    withdrawn: list[str] = Field([], description="prompts that are dead letters, sorted")
+    duplicates: int = Field(0, ge=0, description="counted by then")
 
 
 def rank(ticket: Ticket, seed: int) -> str:

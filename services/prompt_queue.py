@@ -1,7 +1,9 @@
 """A named queue of prompts on a Redis stream: at-least-once delivery, epochs in seeded order."""
 
+import contextlib
 import re
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +11,7 @@ import redis
 from pydantic import BaseModel, Field
 
 from envs.protocols import Prompt
-from mara_rl.errors import ConfigError, DataError
+from mara_rl.errors import ConfigError, DataError, RetryableError
 from services import prompt_scripts
 from services.prompt_epochs import QueuePosition, Ticket, epoch_order, rank
 from services.prompt_files import PromptRecord
@@ -19,6 +21,10 @@ _DELIVERED = "@delivered"
 _RETURNED = "@returned"
 _POLL_S = 0.1
 _PIECE = 500  # stream entries in one reply
+
+
+class QueueLost(RetryableError):
+    """Redis has lost the queue: the run has to build it again from a checkpoint."""
 
 
 class ConsumerStatus(NamedTuple):
@@ -84,6 +90,7 @@ class PromptQueue:
         self._seen, self._dead, self._withdrawn, self._repeats = keys[4:]
         self._script_keys = keys[:7]
         self._scripts: dict[str, Any] = {}
+        self._generation = ""
         try:
             client.xgroup_create(self._stream, GROUP, id="0", mkstream=True)
         except redis.ResponseError as error:
@@ -131,7 +138,7 @@ class PromptQueue:
             pipe.watch(self._meta)
             if epoch <= int(pipe.hget(self._meta, "epoch") or -1):
                 return 0
-            tickets = self._epoch_tickets(epoch)
+            tickets = self._epoch_tickets(epoch, self._client.smembers(self._withdrawn))
             if not tickets:
                 return 0
             pipe.multi()
@@ -143,9 +150,9 @@ class PromptQueue:
                 return 0
         return len(tickets)
 
-    def _epoch_tickets(self, epoch: int, frontier: str = "") -> list[Ticket]:
+    def _epoch_tickets(self, epoch: int, withdrawn: set[str], frontier: str = "") -> list[Ticket]:
         repeats = {name: int(n) for name, n in self._client.hgetall(self._repeats).items()}
-        for prompt_id in self._client.smembers(self._withdrawn):
+        for prompt_id in withdrawn:
             repeats.pop(prompt_id, None)
         return epoch_order(repeats, seed=self._seed, epoch=epoch, frontier=frontier)
 
@@ -224,9 +231,10 @@ class PromptQueue:
         count = self._client.xlen(self._stream)
         if not count:
             return []
-        rows = self._client.xpending_range(
-            self._stream, GROUP, min="-", max="+", count=count, consumername=_DELIVERED
-        )
+        with self._present():
+            rows = self._client.xpending_range(
+                self._stream, GROUP, min="-", max="+", count=count, consumername=_DELIVERED
+            )
         return [row["message_id"] for row in rows]
 
     def ack_delivered(self, entry_ids: Sequence[str]) -> int:
@@ -244,6 +252,10 @@ class PromptQueue:
         """This entry can never be answered: a dead letter at once. Returns "dead" or "gone"."""
         return self._run("FAIL", entry_id, reason, 1)
 
+    def withdraw(self, prompt_ids: Sequence[str], reason: str) -> int:
+        """Prompts that no entry may be made of: dead letters at once. Returns how many are new."""
+        return self._run("WITHDRAW", reason, *prompt_ids) if prompt_ids else 0
+
     def requeue_dead(self) -> int:
         """Put dead letters back at the end of the stream and their prompts into later epochs."""
         return self._run("REQUEUE_DEAD")
@@ -257,7 +269,8 @@ class PromptQueue:
     def position(self) -> QueuePosition:
         """What is unfinished now, delivered entries counting as finished. For the checkpoint."""
         delivered = set(self.delivered())
-        last_read = _id_key(self._client.xinfo_groups(self._stream)[0]["last-delivered-id"])
+        with self._present():
+            last_read = _id_key(self._client.xinfo_groups(self._stream)[0]["last-delivered-id"])
         epoch = self._epoch()
         head: list[Ticket] = []
         tail: list[Ticket] = []
@@ -283,6 +296,8 @@ class PromptQueue:
             head=head,
             frontier=frontier,
             tail=tail,
+            withdrawn=sorted(self._client.smembers(self._withdrawn)),
+            duplicates=int(self._client.hget(self._meta, "duplicates") or 0),
         )
 
     def _entries(self, *, backwards: bool = False) -> Iterator[tuple[str, dict[str, str]]]:
@@ -302,30 +317,72 @@ class PromptQueue:
         """Build the stream anew: from ``position``, or with None from before the first epoch.
 
         Nothing is pending or delivered afterwards; entries delivered since ``position`` come again,
-        and count as duplicates when they do. Catalogue and dead letters stay. This works the same
-        on a Redis that has lost its data, once its prompts were pushed again: raises DataError when
-        the catalogue has fewer than at ``position``, ConfigError when the seed is another.
+        and count as duplicates when they do; so do prompts that became dead letters since then.
+        Catalogue and older dead letters stay. This works the same on a Redis that has lost its
+        data, once its prompts were pushed again: raises DataError when the catalogue has fewer than
+        at ``position``, ConfigError when the seed is another.
         """
+        withdrawn = self._client.smembers(self._withdrawn)
+        later: set[str] = set()
         if position is not None:
             self._check(position)
+            later = withdrawn - set(position.withdrawn)
+            withdrawn -= later
+        letters = self._client.xrange(self._dead) if later else []
+        letter_ids = [letter_id for letter_id, fields in letters if fields["prompt"] in later]
+        self._generation = uuid.uuid4().hex
         with self._client.pipeline() as pipe:
             pipe.delete(self._stream, self._alive)
             pipe.xgroup_create(self._stream, GROUP, id="0", mkstream=True)
+            if later:
+                pipe.srem(self._withdrawn, *later)
+            if letter_ids:
+                pipe.xdel(self._dead, *letter_ids)
             if position is None:
                 pipe.delete(self._meta, self._seen)
             else:
                 pipe.hset(self._meta, "epoch", position.epoch)
-                withdrawn = self._client.smembers(self._withdrawn)
+                pipe.hsetnx(self._meta, "duplicates", position.duplicates)
                 head, tail = (
                     [ticket for ticket in tickets if ticket.prompt_id not in withdrawn]
                     for tickets in (position.head, position.tail)
                 )
                 self._append(pipe, head, ordered=False)
                 if position.frontier is not None:
-                    rest = self._epoch_tickets(position.epoch, position.frontier)
+                    rest = self._epoch_tickets(position.epoch, withdrawn, position.frontier)
                     self._append(pipe, rest, ordered=True)
                 self._append(pipe, tail, ordered=False)
+            pipe.hset(self._meta, "generation", self._generation)
             pipe.execute()
+
+    def check_present(self) -> None:
+        """Raise QueueLost unless the queue is the one this object built with `restart`."""
+        if self._client.hget(self._meta, "generation") != self._generation:
+            raise self._lost()
+
+    def seen(self) -> list[str]:
+        """What reached the learner and is in no checkpoint yet, for `remember`."""
+        return list(self._client.smembers(self._seen))
+
+    def remember(self, seen: Sequence[str], duplicates: int) -> None:
+        """Put back what tells duplicates, `seen` and their count, after Redis lost its data."""
+        with self._client.pipeline() as pipe:
+            if seen:
+                pipe.sadd(self._seen, *seen)
+            pipe.hset(self._meta, "duplicates", duplicates)
+            pipe.execute()
+
+    @contextlib.contextmanager
+    def _present(self) -> Iterator[None]:
+        try:
+            yield
+        except redis.ResponseError as error:
+            if "NOGROUP" in str(error) or "no such key" in str(error):
+                raise self._lost() from error
+            raise
+
+    def _lost(self) -> QueueLost:
+        return QueueLost(f"queue {self.name!r} is gone from Redis")
 
     def _check(self, position: QueuePosition) -> None:
         if position.seed != self._seed:
@@ -372,14 +429,8 @@ class PromptQueue:
     def _run(self, script: str, *args: str | int) -> Any:
         if script not in self._scripts:
             self._scripts[script] = self._client.register_script(getattr(prompt_scripts, script))
-        try:
+        with self._present():
             return self._scripts[script](keys=self._script_keys, args=args)
-        except redis.ResponseError as error:
-            if "NOGROUP" in str(error):
-                raise DataError(
-                    f"queue {self.name!r} is gone from Redis: resume the run to build it again"
-                ) from error
-            raise
 
 
 def _ticket(fields: Mapping[str, str]) -> Ticket:

@@ -188,6 +188,24 @@ return 'again'
 """
 )
 
+# reason, prompt ids... -> number newly withdrawn: dead letters before they were ever handed out
+WITHDRAW = (
+    _PRELUDE
+    + """
+local new = 0
+for i = 2, #ARGV do
+  local prompt = ARGV[i]
+  if redis.call('SADD', withdrawn, prompt) == 1 then
+    new = new + 1
+    redis.call('XADD', dead, '*', 'epoch', -1, 'prompt', prompt, 'sample', 0, 'failures', 0,
+               'deliveries', 0, 'reason', ARGV[1],
+               'text', redis.call('HGET', catalogue, prompt) or '')
+  end
+end
+return new
+"""
+)
+
 # -> number of dead letters put back at the end of the stream, their failures forgotten
 REQUEUE_DEAD = (
     _PRELUDE
@@ -195,7 +213,7 @@ REQUEUE_DEAD = (
 local letters = redis.call('XRANGE', dead, '-', '+')
 for _, letter in ipairs(letters) do
   local f = fields(letter[2])
-  add(f.epoch, f.prompt, f.sample, 0)
+  if tonumber(f.epoch) >= 0 then add(f.epoch, f.prompt, f.sample, 0) end
 end
 redis.call('DEL', dead, withdrawn)
 return #letters

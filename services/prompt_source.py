@@ -11,11 +11,11 @@ from typing import TypeVar
 import numpy as np
 import redis
 from pydantic import BaseModel, ConfigDict, Field
-from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_random_exponential
+from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from envs.protocols import Prompt
 from mara_rl.errors import RetryableError
-from services.prompt_queue import PromptQueue
+from services.prompt_queue import PromptQueue, QueueLost
 from services.redis_server import connect, redis_errors
 
 _log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class RedisPromptSource:
 
     A thread gives signs of life while an answer takes its time, and takes over what dead consumers
     held. Every method raises RetryableError, naming the URL without its password, when Redis stays
-    away over six attempts.
+    away over six attempts, and QueueLost when it has lost the queue.
     """
 
     def __init__(self, config: PromptSourceConfig) -> None:
@@ -133,7 +133,7 @@ class RedisPromptSource:
         retrying = Retrying(
             stop=stop_after_attempt(_ATTEMPTS),
             wait=wait_random_exponential(multiplier=0.2, max=_WAIT_MAX_S),
-            retry=retry_if_exception_type(RetryableError),
+            retry=retry_if_exception(_may_pass),
             after=note,
             reraise=True,
         )
@@ -145,6 +145,11 @@ class RedisPromptSource:
         return retrying(translated)
 
 
+def _may_pass(error: BaseException) -> bool:
+    """Redis may come back; a queue that it has lost will not."""
+    return isinstance(error, RetryableError) and not isinstance(error, QueueLost)
+
+
 def _keep_alive(
     queue: PromptQueue, consumer: str, config: PromptSourceConfig, stop: threading.Event
 ) -> None:
@@ -153,7 +158,7 @@ def _keep_alive(
         try:
             queue.beat(consumer)
             taken = queue.reclaim(round(config.dead_after_s * 1000))
-        except redis.RedisError as error:
+        except (redis.RedisError, QueueLost) as error:
             _log.warning("no sign of life to queue %r this time: %s", config.queue, error)
         else:
             if taken:

@@ -41,6 +41,9 @@ class ScoreClientConfig(BaseModel):
     )
     deadline_s: float = Field(120.0, gt=0, description="time for one `score` call, retries and all")
     max_attempts: int = Field(3, ge=1, description="attempts for each score within the deadline")
+    partial: bool = Field(
+        False, description="give the scores that came as far as others are missing"
+    )
     backoff_s: float = Field(0.5, ge=0, description="bound of the first random wait; then doubled")
 
 
@@ -70,10 +73,11 @@ class ScoreClient:
     def score(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
         """Scores (len(pairs), len(names)), float64.
 
-        NaN stands for a score that did not come in time or was not finite; both are counted.
+        NaN stands for a score that was not finite or, with ``partial``, did not come in time; both
+        are counted.
 
         Raises:
-            RetryableError: none of the scores came within the deadline.
+            RetryableError: a score did not come within the deadline; with ``partial``, none did.
             DataError: a model failed on these pairs or gave a wrong number of scores.
             ConfigError: there is no Ray, no Serve or no such application to ask.
         """
@@ -94,10 +98,10 @@ class ScoreClient:
             except RetryableError as error:
                 self.counters[f"missing/{name}"] += len(pairs)
                 failures.append(str(error))
-                logger.warning("%s; its scores of %d answers are missing", error, len(pairs))
+                logger.warning("%s; %d answers go without it", error, len(pairs))
             else:
                 self.counters[f"non_finite/{name}"] += int(np.isnan(scores[:, column]).sum())
-        if len(failures) == len(self.names):
+        if failures and (not self._config.partial or len(failures) == len(self.names)):
             raise RetryableError("; ".join(failures))
         return scores
 

@@ -84,7 +84,9 @@ def _backend(config: EndpointConfig) -> Backend:
     scorer = None
     if config.score_apps:
         scorer = ScoreClient(
-            ScoreClientConfig(apps=config.score_apps, deadline_s=config.score_timeout_s)
+            ScoreClientConfig(
+                apps=config.score_apps, deadline_s=config.score_timeout_s, partial=True
+            )
         )
     loop = DecodeLoop(
         Decoder(llm, config.slots),

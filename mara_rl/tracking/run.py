@@ -34,6 +34,9 @@ _PAUSE_S = 30.0  # between attempts while the server is known to be away
 _logger = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
+MetricBatch = list[tuple[str, float, int, int]]
+"""Metrics as plain data: key, value, milliseconds since 1970, step."""
+
 
 class TrackingRun:
     """An MLflow run; a context manager that ends it FINISHED, FAILED or (Ctrl-C) KILLED.
@@ -50,6 +53,7 @@ class TrackingRun:
         self._client = mlflow_client(uri)
         self._experiment_id = experiment
         self._buffer: deque[list[Metric]] = deque()
+        self._last_steps: dict[str, int] = {}
         self._next_attempt = 0.0
 
     @classmethod
@@ -60,8 +64,12 @@ class TrackingRun:
         run_name: str,
         config: Mapping[str, Any],
         run_id: str | None = None,
+        unsent: Sequence[MetricBatch] = (),
     ) -> "TrackingRun":
         """Begin a run, or go on with the run ``run_id`` (then the names given play no part).
+
+        ``unsent`` is what `unsent` returned when the run was saved. Steps that a metric has by now
+        are not logged again: of work that is done again the first figures stay.
 
         ``config`` is logged as params and, whole, as ``config.json``. Of a resumed run the first
         value of a param stays (MLflow never changes one); what differs is a tag ``resumed.<key>``.
@@ -79,6 +87,11 @@ class TrackingRun:
                 client.update_run(run_id, status="RUNNING")
             run = cls(uri, created.info.run_id, created.info.experiment_id)
             run._log_config(config, created.data.params)
+            for key in created.data.metrics:
+                history = client.get_metric_history(run.run_id, key)
+                run._last_steps[key] = max(metric.step for metric in history)
+        for batch in unsent:
+            run._append([Metric(*metric) for metric in batch])
         return run
 
     @property
@@ -86,12 +99,18 @@ class TrackingRun:
         """How many `log_metrics` batches wait for the server to come back."""
         return len(self._buffer)
 
+    @property
+    def unsent(self) -> list[MetricBatch]:
+        """What is buffered, as plain data for a checkpoint."""
+        return [[(m.key, m.value, m.timestamp, m.step) for m in batch] for batch in self._buffer]
+
     def log_metrics(self, metrics: Mapping[str, Any], step: int) -> None:
         """Log numbers (nested: keys joined with ``/``) at ``step``, with the time of this call.
 
-        Values that are not finite are dropped and counted. While the server is away batches are
-        kept in memory and go out later, in order, so this never raises for that. Raises DataError
-        for a value that is not a number or when MLflow refuses the batch.
+        A metric's steps only grow: one that has ``step`` or a later one is left out. Values that
+        are not finite are dropped and counted. While the server is away batches are kept in memory
+        and go out later, in order, so this never raises for that. Raises DataError for a value
+        that is not a number or when MLflow refuses the batch.
         """
         now_ms = time.time_ns() // 1_000_000
         batch = []
@@ -100,8 +119,7 @@ class TrackingRun:
                 batch.append(Metric(key, value, now_ms, step))
             else:
                 self.non_finite[key] += 1
-        if batch:
-            self._buffer.append(batch)
+        self._append(batch)
         if time.monotonic() >= self._next_attempt:
             self._try_flush()
 
@@ -205,6 +223,12 @@ class TrackingRun:
             _logger.warning(
                 "run %s ended but %d batches lost: %s", self.run_id, self.buffered, lost
             )
+
+    def _append(self, batch: Sequence[Metric]) -> None:
+        new = [m for m in batch if m.step > self._last_steps.get(m.key, -1)]
+        self._last_steps.update((m.key, m.step) for m in new)
+        if new:
+            self._buffer.append(new)
 
     def _log_config(self, config: Mapping[str, Any], known: Mapping[str, str]) -> None:
         params = flat_params(config)

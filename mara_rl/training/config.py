@@ -56,6 +56,9 @@ class PromptsConfig(Section):
     repeats: int = Field(1, ge=1, description="answers per prompt and epoch")
     read_timeout_s: float = Field(60.0, gt=0, description="longest wait for a prompt")
     max_failures: int = Field(3, ge=1, description="failed answers until a prompt is a dead letter")
+    dead_after_s: float = Field(
+        60.0, gt=0, description="silence after which what a rollout actor holds goes to another"
+    )
 
 
 class ScoreConfig(ScoreServiceConfig):
@@ -92,7 +95,12 @@ class RolloutsConfig(Section):
     num_gpus: float = Field(0.0, ge=0, description="GPUs per runner")
     resources: CustomResources = Field({}, description="custom resources per runner")
     torch_threads: int | None = Field(None, ge=1)
-    sample_timeout_s: float = Field(1800.0, gt=0)
+    sample_timeout_s: float = Field(
+        1800.0, gt=0, description="a runner that brings no sample for so long is replaced"
+    )
+    probe_timeout_s: float = Field(
+        30.0, gt=0, description="how long an iteration waits for a runner that is starting again"
+    )
     placement_timeout_s: float = Field(120.0, gt=0)
 
 

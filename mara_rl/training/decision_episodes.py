@@ -101,8 +101,9 @@ def _log(metrics: Any, answers: list[Answer], task: Any) -> None:
         "forced_steps": sum(a.forced_steps for a in scored),
     }
     for name, value in counts.items():
-        metrics.log_value((METRICS, name), value, reduce="sum", clear_on_reduce=True)
+        metrics.log_value((METRICS, name), value, reduce="sum")
+    # Sums, from which the driver makes means: a window would carry over a checkpoint.
     for answer in scored:
+        metrics.log_value((METRICS, "reward"), answer.reward, reduce="sum")
         for name, score in answer.scores.items():
-            metrics.log_value((METRICS, f"score_{name}"), score, window=256)
-        metrics.log_value((METRICS, "reward"), answer.reward, window=256)
+            metrics.log_value((METRICS, f"score_{name}"), score, reduce="sum")

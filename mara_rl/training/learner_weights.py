@@ -27,6 +27,12 @@ class LearnerWeights:
         self._algorithm.learner_group.set_state(state)
         self._sync()
 
+    def learners_alive(self) -> bool:
+        """Whether every learner answers."""
+        group = self._algorithm.learner_group
+        answers = list(group.foreach_learner(lambda learner: True))
+        return len(answers) == max(1, len(group)) and all(answer.ok for answer in answers)
+
     def agent(self) -> Agent:
         """A copy of the agent as it is now."""
         agent = Agent(self._spec)

@@ -145,6 +145,7 @@ def build_algorithm(
             # scales from `RewardKeeper`.
             restart_failed_sub_environments=False,
             delay_between_env_runner_restarts_s=0.0,
+            env_runner_health_probe_timeout_s=rollouts.probe_timeout_s,
             env_runner_restore_timeout_s=1800.0,
         )
         .debugging(seed=config.seed, log_level="ERROR")

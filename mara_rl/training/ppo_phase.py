@@ -4,16 +4,19 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ray.exceptions import RayError
+
 from mara_rl.errors import RetryableError
 from mara_rl.tracking.run import TrackingRun
 from mara_rl.training.checkpoint import TrainState, save_checkpoint
 from mara_rl.training.config import TrainConfig
 from mara_rl.training.display import Display
 from mara_rl.training.learner_weights import LearnerWeights
+from mara_rl.training.lost_part import LostPart
 from mara_rl.training.rollout_group import RolloutGroup
 from mara_rl.training.run_folder import RunFolder
-from mara_rl.training.runner_errors import RunnerErrors
-from services.prompt_queue import PromptQueue
+from mara_rl.training.runner_errors import RunnerErrors, cause
+from services.prompt_queue import PromptQueue, QueueLost
 from services.redis_server import redis_errors
 
 _RETRY_WAIT_S = 2.0
@@ -49,6 +52,11 @@ class PPOPhase:
         self._runner_errors = RunnerErrors()
         self._outage = ""
         self._known_causes = ""
+        self._runner_restarts = 0
+        self._dropped_replies = 0
+        self._seen: list[str] = []
+        self._duplicates = 0
+        self._answers = self._rewards = 0.0  # since the last checkpoint
         # A resumed run starts from the checkpoint of its iteration.
         self._saved_iteration = state.iteration if state.position is not None else -1
 
@@ -56,7 +64,7 @@ class PPOPhase:
         """Train until the configured iterations or minutes.
 
         Raises RetryableError, after a checkpoint, when nothing is learned for
-        ``ppo.no_progress_timeout_s``.
+        ``ppo.no_progress_timeout_s``, and LostPart when going on takes a restart.
         """
         ppo, state = self._config.ppo, self._state
         progress_s = time.monotonic()
@@ -64,7 +72,10 @@ class PPOPhase:
             while state.iteration < ppo.iterations and not self._out_of_time():
                 started_s = time.monotonic()
                 figures = self._iterate()
+                queue_figures = self._queue_figures()
                 if figures is None:
+                    if not self._weights.learners_alive():
+                        raise LostPart("the learner is gone")
                     if time.monotonic() - progress_s > ppo.no_progress_timeout_s:
                         self.save()
                         raise RetryableError(
@@ -85,6 +96,9 @@ class PPOPhase:
                         f"iteration {state.iteration}: {figures['rollout/failed_answers']:.0f} "
                         f"answers failed and were not trained on: {self._causes()}"
                     )
+                self._tell_of_restarts(figures)
+                figures |= queue_figures
+                figures["faults/resumes"] = float(state.restarts)
                 figures["time/iteration_s"] = progress_s - started_s
                 figures["total/token_forwards"] = float(state.token_forwards)
                 self._tracking.log_metrics(figures, step=state.iteration)
@@ -99,6 +113,7 @@ class PPOPhase:
         Does nothing where this iteration's checkpoint exists: nothing was learned since.
         With Redis away the checkpoint is written all the same, with the queue's last known
         position: what was delivered since comes again after a resume, and counts as duplicates.
+        Raises LostPart when the queue or the learner is gone, DataError when it cannot be written.
         """
         if self._state.iteration == self._saved_iteration:
             return
@@ -107,27 +122,80 @@ class PPOPhase:
             with redis_errors(self._redis_url):
                 self._state.position = self._queue.position()
                 delivered = self._queue.delivered()
+        except QueueLost as error:
+            raise LostPart(str(error)) from error
         except RetryableError as error:
             self._display.line(f"checkpoint {self._state.iteration}: {error}")
+        try:
+            learner = self._weights.state()
+        except RayError as error:
+            raise LostPart(f"the learner failed: {cause(str(error))}") from error
+        self._state.unsent_metrics = self._tracking.unsent
+        self._state.reward = self._rewards / self._answers if self._answers else None
         save_checkpoint(
-            self._folder.checkpoints,
-            self._state,
-            self._weights.state(),
-            self._config.checkpoint.keep,
+            self._folder.checkpoints, self._state, learner, self._config.checkpoint.keep
         )
         if delivered is not None:  # else the next call, with Redis back, makes up for it
             with redis_errors(self._redis_url):
                 self._queue.ack_delivered(delivered)
             self._saved_iteration = self._state.iteration
+            self._answers = self._rewards = 0.0
         self._runners.barrier(self._state.iteration)
 
     def _iterate(self) -> dict[str, float] | None:
         """One iteration's metrics; None when it brought no update."""
         try:
-            return self._figures(self._algorithm.train())
+            figures = self._figures(self._algorithm.train())
+        except RayError as error:  # of runners RLlib raises none
+            raise LostPart(f"the learner failed: {cause(str(error))}") from error
         except RetryableError as error:
             self._outage = str(error)
-            return None
+            figures = None
+        self._replace_silent_runners()
+        return figures
+
+    def _replace_silent_runners(self) -> None:
+        dropped = self._algorithm.env_runner_group.num_env_runners_dropped_lifetime
+        if dropped == self._dropped_replies:
+            return
+        self._dropped_replies = dropped
+        for number in self._runners.replace_silent():
+            self._display.line(
+                f"rollout actor {number} gave no sample for "
+                f"{self._config.rollouts.sample_timeout_s:g} s (rollouts.sample_timeout_s) and is "
+                "replaced"
+            )
+
+    def _tell_of_restarts(self, figures: dict[str, float]) -> None:
+        restarts = self._algorithm.env_runner_group.num_remote_worker_restarts()
+        figures["faults/runner_restarts"] = float(restarts - self._runner_restarts)
+        self._runner_restarts = restarts
+        if reason := self._runner_errors.last():
+            self._display.line(
+                f"iteration {self._state.iteration}: a rollout actor failed and is replaced: "
+                f"{reason}"
+            )
+
+    def _queue_figures(self) -> dict[str, float]:
+        """The queue's metrics, {} while Redis is away. Raises LostPart when the queue is gone."""
+        try:
+            with redis_errors(self._redis_url):
+                self._queue.check_present()
+                self._seen = self._queue.seen()
+                status = self._queue.status()
+        except QueueLost as error:
+            with redis_errors(self._redis_url):
+                self._queue.remember(self._seen, self._duplicates)
+            raise LostPart(str(error)) from error
+        except RetryableError as error:
+            self._outage = str(error)
+            return {}
+        self._duplicates = status.duplicates
+        return {
+            "queue/waiting": float(status.waiting),
+            "queue/dead": float(status.dead),
+            "queue/duplicates": float(status.duplicates),
+        }
 
     def _explain_no_progress(self) -> None:
         alive = self._algorithm.env_runner_group.num_healthy_remote_workers()
@@ -158,7 +226,10 @@ class PPOPhase:
         rollout = result["env_runners"].get("mara", {})
         updates = result["learners"]["mara"]
         policy = result["learners"]["default_policy"]
-        figures = {f"rollout/{key}": float(value) for key, value in rollout.items()}
+        figures = _rollout_figures(rollout)
+        answers = figures["rollout/answers"]
+        self._answers += answers
+        self._rewards += answers * figures.get("rollout/reward", 0.0)
         decisions = figures.get("rollout/decisions", 0.0)
         tokens = figures.get("rollout/response_tokens", 0.0)
         kl_per_decision = updates["kl_sum"] / max(1, updates["kl_decisions"])
@@ -181,6 +252,19 @@ class PPOPhase:
             figures["rollout/accept_rate"] = (tokens - forced) / decisions
             figures["learner/kl_per_token"] = float(kl_per_decision) * decisions / tokens
         return figures
+
+
+def _rollout_figures(rollout: Mapping[str, Any]) -> dict[str, float]:
+    """Counts as they are, rewards and scores as means over the answers, where there are any."""
+    answers = float(rollout["answers"])
+    figures = {}
+    for key, value in rollout.items():
+        if key == "reward" or key.startswith("score_"):
+            if answers:
+                figures[f"rollout/{key}"] = float(value) / answers
+        else:
+            figures[f"rollout/{key}"] = float(value)
+    return figures
 
 
 def _note(figures: Mapping[str, float]) -> str:

@@ -23,21 +23,21 @@ def load_prompts(name: str, split: Literal["train", "heldout"]) -> list[PromptRe
 
 def fitting_prompts(
     prompts: list[PromptRecord], split: str, runners: RolloutGroup, display: Display
-) -> list[PromptRecord]:
-    """Those the LLM's context has room for; the others are named on a line.
+) -> tuple[list[PromptRecord], list[PromptRecord]]:
+    """Those the LLM's context has room for, and the others, which are named on a line.
 
     Raises DataError when there is none.
     """
     fits = runners.fits_context([prompt.text for prompt in prompts])
     kept = [prompt for prompt, ok in zip(prompts, fits, strict=True) if ok]
-    if len(kept) == len(prompts):
-        return kept
-    first = prompts[fits.index(False)].prompt_id
+    left_out = [prompt for prompt, ok in zip(prompts, fits, strict=True) if not ok]
+    if not left_out:
+        return kept, []
     line = (
-        f"prompts.{split}: {len(prompts) - len(kept)} of {len(prompts)} prompts do not fit the "
-        f"LLM's context beside an answer (the first: {first!r})"
+        f"prompts.{split}: {len(left_out)} of {len(prompts)} prompts do not fit the "
+        f"LLM's context beside an answer (the first: {left_out[0].prompt_id!r})"
     )
     if not kept:
         raise DataError(line)
     display.line(f"{line}; left out")
-    return kept
+    return kept, left_out

@@ -2,10 +2,13 @@
 
 import functools
 import random
+import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import ray
 import torch
 from torch import Tensor
 
@@ -17,7 +20,9 @@ from mara_rl.decoding.request import DecodeRequest, DecodeSettings
 from mara_rl.errors import MaraError, RetryableError
 from mara_rl.training.config import TrainConfig
 
-_MAX_EMPTY_ROUNDS = 3
+_MAX_ATTEMPTS = 3
+_PING_TIMEOUT_S = 10.0
+_RETRY_WAIT_S = 1.0
 
 
 class RolloutGroup:
@@ -61,8 +66,9 @@ class RolloutGroup:
     ) -> list[DecodedAnswer]:
         """Answers to ``prompts``, in order, decoded by the actors' LLMs in rounds; see `Decoder`.
 
-        What an actor that dies was decoding is decoded again. Raises RetryableError when several
-        rounds in a row bring nothing, and whatever decoding itself raised.
+        What an actor that dies or hangs was decoding is decoded again, by another one or by the
+        same one restarted. Raises RetryableError when that fails three times or when there is no
+        live actor for ``rollouts.sample_timeout_s``, and whatever decoding itself raised.
         """
         rollouts = self._config.rollouts
         work = functools.partial(
@@ -83,10 +89,15 @@ class RolloutGroup:
         starts = range(0, len(prompts), rollouts.num_slots)
         chunks = {start: slice(start, start + rollouts.num_slots) for start in starts}
         done: dict[int, list[DecodedAnswer]] = {}
-        empty_rounds = 0
+        attempts: Counter[int] = Counter()
+        alive_s = time.monotonic()
         while len(done) < len(chunks):
             runners = self._group.healthy_env_runner_ids()
+            if not runners:
+                self._await_runner(alive_s)
+                continue
             todo = [start for start in chunks if start not in done][: len(runners)]
+            attempts.update(todo)
             results = self._group.foreach_env_runner(
                 [
                     functools.partial(
@@ -102,14 +113,7 @@ class RolloutGroup:
                 remote_worker_ids=runners[: len(todo)],
                 timeout_seconds=rollouts.sample_timeout_s,
             )
-            if len(results) < max(1, len(todo)):
-                self._algorithm.restore_env_runners(self._group)
-            empty_rounds = 0 if results else empty_rounds + 1
-            if empty_rounds == _MAX_EMPTY_ROUNDS:
-                raise RetryableError(
-                    f"no answers from {len(runners)} live rollout actors in {empty_rounds} rounds "
-                    f"of at most {rollouts.sample_timeout_s:g} s (rollouts.sample_timeout_s)"
-                )
+            alive_s = time.monotonic()
             # Actors that failed are missing from the results: each says which chunk it answers.
             for place, result, token_forwards in results:
                 if isinstance(result, MaraError):
@@ -118,24 +122,70 @@ class RolloutGroup:
                 self.token_forwards += token_forwards
                 if progress is not None:
                     progress(len(result))
+            failed = [start for start in todo if start not in done]
+            for start in failed:
+                if attempts[start] == _MAX_ATTEMPTS:
+                    raise RetryableError(
+                        f"no answers to prompts {start + 1} to {start + rollouts.num_slots}: "
+                        f"{_MAX_ATTEMPTS} times their rollout actor died or took more than "
+                        f"{rollouts.sample_timeout_s:g} s (rollouts.sample_timeout_s)"
+                    )
+            if failed:
+                self._revive()
         return [answer for start in starts for answer in done[start]]
 
     def fits_context(self, prompts: Sequence[str]) -> list[bool]:
         """Whether each prompt leaves room for an answer in the LLM's context."""
-        fitting = self._group.foreach_env_runner(
-            functools.partial(
-                _fits_context,
-                prompts=list(prompts),
-                system=self._config.llm.system,
-                max_new_tokens=self._config.rollouts.max_new_tokens,
-            ),
-            local_env_runner=False,
-            remote_worker_ids=self._group.healthy_env_runner_ids()[:1],
-            timeout_seconds=self._config.rollouts.sample_timeout_s,
+        measure = functools.partial(
+            _fits_context,
+            prompts=list(prompts),
+            system=self._config.llm.system,
+            max_new_tokens=self._config.rollouts.max_new_tokens,
         )
-        if not fitting:
-            raise RetryableError("no live rollout actor to measure the prompts' lengths")
-        return fitting[0]
+        alive_s = time.monotonic()
+        while True:
+            fitting = self._group.foreach_env_runner(
+                measure,
+                local_env_runner=False,
+                remote_worker_ids=self._group.healthy_env_runner_ids()[:1],
+                timeout_seconds=self._config.rollouts.sample_timeout_s,
+            )
+            if fitting:
+                return fitting[0]
+            self._await_runner(alive_s)
+
+    def replace_silent(self) -> list[int]:
+        """Kill the actors that answer nothing, which Ray then starts anew; their numbers.
+
+        For actors that had their time: RLlib waits for one that hangs again and again.
+        """
+        answering = self._group.foreach_env_runner(
+            lambda runner: runner.worker_index,
+            local_env_runner=False,
+            timeout_seconds=_PING_TIMEOUT_S,
+        )
+        # Those found dead by that call are not among the healthy ones any more.
+        silent = [i for i in self._group.healthy_env_runner_ids() if i not in answering]
+        for number in silent:
+            manager = self._group._worker_manager  # RLlib offers no other way to replace one
+            ray.kill(manager.actors()[number], no_restart=False)
+            manager.set_actor_state(number, healthy=False)
+        return silent
+
+    def _revive(self) -> list[int]:
+        """Bring back the actors that died or hang, as far as they are up again; their numbers."""
+        self.replace_silent()
+        return self._algorithm.restore_env_runners(self._group)
+
+    def _await_runner(self, alive_s: float) -> None:
+        """Look whether an actor is back; the last one was alive at ``alive_s``."""
+        if not self._revive():
+            patience_s = self._config.rollouts.sample_timeout_s
+            if time.monotonic() - alive_s > patience_s:
+                raise RetryableError(
+                    f"no live rollout actor for {patience_s:g} s (rollouts.sample_timeout_s)"
+                )
+            time.sleep(_RETRY_WAIT_S)
 
     def last_failures(self) -> list[str]:
         """Why episodes failed lately, one line from every actor that saw a failure."""

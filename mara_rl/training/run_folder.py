@@ -32,7 +32,7 @@ class RunOutcome(BaseModel):
 
 
 class RunFolder:
-    """``MARA_HOME/<run>``: config, checkpoints, agent, evaluation, outcome."""
+    """``MARA_HOME/<run>``: config, MLflow run id, checkpoints, agent, evaluation, outcome."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -56,6 +56,16 @@ class RunFolder:
     @property
     def evaluation(self) -> Path:
         return self.path / "evaluation"
+
+    @property
+    def mlflow_run_id(self) -> str | None:
+        """The MLflow run of this run; None before it has one."""
+        path = self.path / "mlflow_run_id"
+        return path.read_text(encoding="utf-8") if path.exists() else None
+
+    @mlflow_run_id.setter
+    def mlflow_run_id(self, run_id: str) -> None:
+        write_atomically(self.path / "mlflow_run_id", run_id)
 
     @classmethod
     def create(cls, config: TrainConfig) -> "RunFolder":
@@ -132,7 +142,7 @@ class RunFolder:
             except BlockingIOError:
                 raise ConfigError(
                     f"run {self.name!r} is being trained by another process; expected one that is "
-                    "stopped (`mara-rl status {self.name}` tells how far it is)"
+                    f"stopped (`mara-rl status {self.name}` tells how far it is)"
                 ) from None
             yield
 

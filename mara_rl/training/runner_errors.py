@@ -13,7 +13,7 @@ class RunnerErrors(logging.Handler):
     """
 
     def __init__(self) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__(logging.ERROR)
         self._cause = ""
         source = logging.getLogger("ray.rllib.utils.actor_manager")
         source.addHandler(self)

@@ -62,6 +62,8 @@ def training_session(config: TrainConfig, run: str, *, single_node: bool) -> Ite
                     seed=config.seed,
                     deadline_s=config.prompts.read_timeout_s,
                     max_failures=config.prompts.max_failures,
+                    dead_after_s=config.prompts.dead_after_s,
+                    heartbeat_s=config.prompts.dead_after_s / 12,
                     prefetch=config.rollouts.num_slots,
                 ),
                 scores=ScoreClientConfig(

@@ -10,10 +10,10 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field
 
 from mara_rl.errors import ConfigError, MaraError, first_line
-from mara_rl.training.checkpoint import STATE_FILE, TrainState
+from mara_rl.training.checkpoint import STATE_FILE, TrainState, checkpoints_in
 from mara_rl.training.config import TrainConfig
 from mara_rl.training.run_folder import RunFolder, RunOutcome
-from mara_rl.training.run_names import EXPERIMENT, queue_name, score_apps
+from mara_rl.training.run_names import queue_name, score_apps
 from services.prompt_queue import PromptQueue, QueueStatus
 
 _MLFLOW_TIMEOUT_S = 10
@@ -91,16 +91,16 @@ def run_status(run: str) -> RunStatus:
     """
     folder, config = RunFolder.open(run)
     outcome = folder.outcome()
-    checkpoint, run_id = _checkpoint(folder)
+    checkpoint = _checkpoint(folder)
+    run_id = folder.mlflow_run_id
     unreachable: dict[str, str] = {}
     tracking = queue = ray = None
     try:
-        tracking = _tracking(folder.name, run_id)
+        tracking = _tracking(run_id) if run_id else None
     except MaraError as error:
         unreachable["MLflow"] = str(error)
-    run_id = tracking.run_id if tracking else run_id
     try:
-        queue = _queue(config, folder.name, run_id)
+        queue = _queue(config, folder.name, run_id) if run_id else None
     except MaraError as error:
         unreachable["Redis"] = str(error)
     try:
@@ -130,19 +130,22 @@ def _state(
     return "stopped" if checkpoint is not None else "not begun"
 
 
-def _checkpoint(folder: RunFolder) -> tuple[CheckpointStatus | None, str]:
-    """The newest checkpoint by its name, unverified, and the MLflow run it belongs to."""
-    found = sorted(folder.checkpoints.glob(f"[0-9]*/{STATE_FILE}"))
+def _checkpoint(folder: RunFolder) -> CheckpointStatus | None:
+    """The newest checkpoint by its name, unverified."""
+    found = checkpoints_in(folder.checkpoints)
     if not found:
-        return None, ""
+        return None
+    file = found[-1] / STATE_FILE
     try:
-        state = TrainState.model_validate_json(found[-1].read_text(encoding="utf-8"))
-        age_s = time.time() - found[-1].stat().st_mtime
-    except FileNotFoundError:  # a newer one has replaced it meanwhile
-        return _checkpoint(folder)
+        state = TrainState.model_validate_json(file.read_text(encoding="utf-8"))
+        age_s = time.time() - file.stat().st_mtime
+    except FileNotFoundError as error:
+        if not found[-1].exists():  # a newer one has replaced it meanwhile
+            return _checkpoint(folder)
+        raise ConfigError(f"checkpoint {found[-1]} is torn: no {STATE_FILE}") from error
     except ValueError as error:
-        raise ConfigError(f"checkpoint {found[-1].parent} is torn: {first_line(error)}") from error
-    return CheckpointStatus(iteration=state.iteration, age_s=age_s), state.mlflow_run_id
+        raise ConfigError(f"checkpoint {found[-1]} is torn: {first_line(error)}") from error
+    return CheckpointStatus(iteration=state.iteration, age_s=age_s)
 
 
 def _alone() -> bool:
@@ -150,15 +153,13 @@ def _alone() -> bool:
     return not any(os.environ.get(name) for name in _RAY_ADDRESSES)
 
 
-def _tracking(run: str, run_id: str) -> TrackingStatus | None:
+def _tracking(run_id: str) -> TrackingStatus:
     from mara_rl.tracking.store import mlflow_calls, mlflow_client, tracking_uri
 
     uri = tracking_uri(allow_local=_alone())
     client = mlflow_client(uri)
     with mlflow_calls(uri, timeout_s=_MLFLOW_TIMEOUT_S, retries=0):
-        found = client.get_run(run_id) if run_id else _newest_run(client, run)
-        if found is None:
-            return None
+        found = client.get_run(run_id)
         history = client.get_metric_history(found.info.run_id, _PROGRESS)
     last = max(history, key=lambda metric: (metric.timestamp, metric.step), default=None)
     return TrackingStatus(
@@ -168,20 +169,6 @@ def _tracking(run: str, run_id: str) -> TrackingStatus | None:
         age_s=time.time() - last.timestamp / 1000 if last else None,
         metrics=dict(sorted(found.data.metrics.items())),
     )
-
-
-def _newest_run(client: Any, run: str) -> Any:
-    """Before its first checkpoint a run is known to MLflow by its name alone."""
-    experiment = client.get_experiment_by_name(EXPERIMENT)
-    if experiment is None:
-        return None
-    found = client.search_runs(
-        [experiment.experiment_id],
-        f"attributes.run_name = '{run}'",
-        order_by=["attributes.start_time DESC"],
-        max_results=1,
-    )
-    return found[0] if found else None
 
 
 def _queue(config: TrainConfig, run: str, run_id: str) -> QueueStatus | None:

@@ -3,13 +3,17 @@
 import contextlib
 import logging
 import signal
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from envs.reward import RewardSpec
 from mara_rl import __version__
+from mara_rl.agent import AgentSpec
 from mara_rl.agent_files import save_agent
 from mara_rl.errors import DataError, RetryableError
 from mara_rl.policy_llm import llm_hidden_size
@@ -22,15 +26,23 @@ from mara_rl.training.config import TrainConfig
 from mara_rl.training.display import Display
 from mara_rl.training.final_phase import HeldoutEvaluation, register
 from mara_rl.training.learner_weights import LearnerWeights
+from mara_rl.training.lost_part import LostPart
 from mara_rl.training.ppo import build_algorithm
 from mara_rl.training.ppo_phase import PPOPhase
 from mara_rl.training.prompt_sets import fitting_prompts, load_prompts
 from mara_rl.training.rollout_group import RolloutGroup, derived_seed, seed_everything
 from mara_rl.training.run_folder import RunFolder, RunOutcome, remove_folder
 from mara_rl.training.run_names import EXPERIMENT, queue_name
-from mara_rl.training.session import training_session
+from mara_rl.training.session import Session, training_session
+from services.prompt_files import PromptRecord
+from services.prompt_queue import PromptQueue
+from services.prompt_source import PromptSourceConfig
 from services.redis_server import redis_errors
 from services.score_client import ScoreClient
+
+_MAX_RESTARTS = 3  # without a new checkpoint in between
+_RESTART_WAIT_S = 20.0
+_RETRY_WAIT_S = 2.0
 
 
 class Interrupted(KeyboardInterrupt):
@@ -46,6 +58,7 @@ def train(
 ) -> RunOutcome:
     """Run or resume (from the folder's newest whole checkpoint) a training run to its end.
 
+    When the learner or the queue is lost on the way, it goes back to the newest checkpoint itself.
     Raises MaraError with a one-line reason, or `Interrupted` after Ctrl-C, with a checkpoint saved
     where training had begun.
     """
@@ -62,7 +75,6 @@ def train(
     for name in ("ray.rllib", "ray.tune", "ray._common.deprecation"):
         logging.getLogger(name).setLevel(logging.ERROR)
     resumed = load_newest_checkpoint(folder.checkpoints)
-    state = resumed[0] if resumed else TrainState()
     with _interrupts(display) as check_interrupt, contextlib.ExitStack() as stack:
         with display.phase("starting services", total=1):
             session = stack.enter_context(
@@ -74,103 +86,176 @@ def train(
                     EXPERIMENT,
                     folder.name,
                     config.model_dump(mode="json"),
-                    run_id=state.mlflow_run_id or None,
+                    run_id=folder.mlflow_run_id,
+                    unsent=resumed[0].unsent_metrics if resumed else (),
                 )
             )
-            state.mlflow_run_id = tracking.run_id
-            name = queue_name(config, folder.name, tracking.run_id)
-            prompt_source = session.prompts.model_copy(update={"queue": name})
-            with redis_errors(session.prompts.url):
-                queue = prompt_source.open_queue()
-                queue.push(train_prompts, repeats=config.prompts.repeats)
-                queue.restart(state.position)
-        seed_everything(derived_seed(config.seed, 0))
-        with display.phase("loading the LLM", total=1):
-            algorithm = build_algorithm(config, spec, prompt_source, session.scores)
-        stack.callback(algorithm.stop)
-        check_interrupt()
-        weights = LearnerWeights(algorithm, spec)
-        runners = RolloutGroup(algorithm, config)
-        train_prompts = fitting_prompts(train_prompts, "train", runners, display)
-        if heldout_prompts:
-            heldout_prompts = fitting_prompts(heldout_prompts, "heldout", runners, display)
-        phase = PPOPhase(
+            folder.mlflow_run_id = tracking.run_id
+        run = _Run(
             config,
             folder,
-            algorithm,
-            weights,
-            runners,
-            queue,
-            session.prompts.url,
+            spec,
+            train_prompts,
+            heldout_prompts,
+            session,
             tracking,
-            state,
             display,
+            check_interrupt,
         )
-        try:
-            if resumed:
-                weights.load_state(resumed[1])
-                runners.barrier(state.iteration)
-                display.line(f"resumed {folder.name} at iteration {state.iteration}")
-            else:
-                base = run_base_phase(
-                    config,
-                    spec,
-                    [prompt.text for prompt in train_prompts],
-                    runners,
-                    ScoreClient(session.scores),
-                    display,
-                    check_interrupt,
+        resumes = resumed[0].restarts if resumed else 0
+        restarts, saved = 0, -1
+        while True:
+            try:
+                return run.go_on(resumed)
+            except LostPart as error:
+                resumed = load_newest_checkpoint(folder.checkpoints)
+                if resumed is None:
+                    raise
+                state = resumed[0]
+                restarts = restarts + 1 if state.iteration == saved else 1
+                if restarts > _MAX_RESTARTS:
+                    raise
+                saved = state.iteration
+                resumes += 1
+                state.restarts = resumes
+                display.line(f"{error}; going back to checkpoint {saved}")
+                time.sleep(_RESTART_WAIT_S * (restarts - 1))
+                check_interrupt()
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What stays the same when a run goes back to a checkpoint."""
+
+    config: TrainConfig
+    folder: RunFolder
+    spec: AgentSpec
+    train_prompts: list[PromptRecord]
+    heldout_prompts: list[PromptRecord]
+    session: Session
+    tracking: TrackingRun
+    display: Display
+    check_interrupt: Callable[[], None]
+
+    def go_on(self, resumed: tuple[TrainState, dict[str, Any]] | None) -> RunOutcome:
+        """From a checkpoint, or from the start, to the registered agent."""
+        config, folder, display = self.config, self.folder, self.display
+        session, tracking = self.session, self.tracking
+        state = resumed[0] if resumed else TrainState()
+        queue, prompt_source = self._queue(state)
+        seed_everything(derived_seed(config.seed, 0))
+        with contextlib.ExitStack() as stack:
+            with display.phase("loading the LLM", total=1):
+                algorithm = build_algorithm(config, self.spec, prompt_source, session.scores)
+            stack.callback(algorithm.stop)
+            self.check_interrupt()
+            weights = LearnerWeights(algorithm, self.spec)
+            runners = RolloutGroup(algorithm, config)
+            train_prompts, too_long = fitting_prompts(self.train_prompts, "train", runners, display)
+            with redis_errors(session.prompts.url):
+                queue.withdraw([p.prompt_id for p in too_long], "too long for the LLM's context")
+            heldout_prompts: list[PromptRecord] = []
+            unanswered: list[PromptRecord] = []
+            if self.heldout_prompts:
+                heldout_prompts, unanswered = fitting_prompts(
+                    self.heldout_prompts, "heldout", runners, display
                 )
-                _begin(state, base, weights)
-                tracking.log_metrics(base.figures, step=0)
-                phase.save()
-            reward = RewardSpec(
-                {name: score.weight for name, score in config.scores.items()}, state.score_scales
-            )
-            algorithm.set_reward(reward)
-            phase.run(check_interrupt)
-            phase.save()
-        except Interrupted:
-            if state.position is not None:
-                phase.save()
-            raise
-        agent = weights.agent()
-        if folder.agent.exists():  # a resumed run that had come this far before
-            remove_folder(folder.agent)
-        save_agent(agent, folder.agent, metadata=_metadata(config, folder, state))
-        evaluation = aligned = heldout = None
-        if config.evaluation:
-            evaluation = HeldoutEvaluation(
+            phase = PPOPhase(
                 config,
-                config.evaluation,
-                heldout_prompts,
+                folder,
+                algorithm,
+                weights,
                 runners,
-                session,
+                queue,
+                session.prompts.url,
+                tracking,
+                state,
                 display,
-                check_interrupt,
             )
             try:
-                aligned = evaluation.answers("aligned", agent)
-                heldout = evaluation.compare(agent, aligned, folder, state.score_scales)
-            except (DataError, RetryableError) as error:
-                display.line(f"no comparison with the base LLM: {error}")
-            else:
-                tracking.log_metrics(heldout.metrics(), step=state.iteration)
-                tracking.log_artifacts(folder.evaluation, "evaluation")
-        agent_uri = register(
-            config, folder, session, tracking, aligned, heldout, evaluation, display
+                if resumed:
+                    weights.load_state(resumed[1])
+                    runners.barrier(state.iteration)
+                    display.line(f"resumed {folder.name} at iteration {state.iteration}")
+                else:
+                    base = run_base_phase(
+                        config,
+                        self.spec,
+                        [prompt.text for prompt in train_prompts],
+                        runners,
+                        ScoreClient(session.scores),
+                        display,
+                        self.check_interrupt,
+                    )
+                    _begin(state, base, weights)
+                    left_out = {"train": len(too_long), "heldout": len(unanswered)}
+                    tracking.log_metrics({"prompts/too_long": left_out, **base.figures}, step=0)
+                    phase.save()
+                reward = RewardSpec(
+                    {name: score.weight for name, score in config.scores.items()},
+                    state.score_scales,
+                )
+                algorithm.set_reward(reward)
+                phase.run(self.check_interrupt)
+                phase.save()
+            except Interrupted:
+                if state.position is not None:
+                    phase.save()
+                raise
+            agent = weights.agent()
+            if folder.agent.exists():  # a resumed run that had come this far before
+                remove_folder(folder.agent)
+            save_agent(agent, folder.agent, metadata=_metadata(config, folder, state))
+            evaluation = aligned = heldout = None
+            if config.evaluation:
+                evaluation = HeldoutEvaluation(
+                    config,
+                    config.evaluation,
+                    heldout_prompts,
+                    runners,
+                    session,
+                    display,
+                    self.check_interrupt,
+                )
+                try:
+                    aligned = evaluation.answers("aligned", agent)
+                    heldout = evaluation.compare(agent, aligned, folder, state.score_scales)
+                except (DataError, RetryableError) as error:
+                    display.line(f"no comparison with the base LLM: {error}")
+                else:
+                    tracking.log_metrics(heldout.metrics(), step=state.iteration)
+                    tracking.log_artifacts(folder.evaluation, "evaluation")
+            agent_uri = register(
+                config, folder, session, tracking, aligned, heldout, evaluation, display
+            )
+            tracking.log_metrics(
+                {f"time/{name.replace(' ', '_')}_s": s for name, s in display.phase_s.items()},
+                step=state.iteration,
+            )
+        outcome = RunOutcome(
+            run=folder.name,
+            agent_uri=agent_uri,
+            preference_rate=result_line(heldout.both) if heldout else None,
         )
-        tracking.log_metrics(
-            {f"time/{name.replace(' ', '_')}_s": s for name, s in display.phase_s.items()},
-            step=state.iteration,
+        folder.finish(outcome)
+        return outcome
+
+    def _queue(self, state: TrainState) -> tuple[PromptQueue, PromptSourceConfig]:
+        """The run's prompt queue, standing where ``state`` says."""
+        name = queue_name(self.config, self.folder.name, self.tracking.run_id)
+        source = self.session.prompts.model_copy(update={"queue": name})
+        patience = Retrying(  # a Redis that was lost may still be on its way up
+            stop=stop_after_delay(self.config.ppo.no_progress_timeout_s),
+            wait=wait_fixed(_RETRY_WAIT_S),
+            retry=retry_if_exception_type(RetryableError),
+            reraise=True,
         )
-    outcome = RunOutcome(
-        run=folder.name,
-        agent_uri=agent_uri,
-        preference_rate=result_line(heldout.both) if heldout else None,
-    )
-    folder.finish(outcome)
-    return outcome
+        for attempt in patience:
+            with attempt, redis_errors(source.url):
+                queue = source.open_queue()
+                queue.push(self.train_prompts, repeats=self.config.prompts.repeats)
+                queue.restart(state.position)
+        return queue, source
 
 
 def _begin(state: TrainState, base: BasePhase, weights: LearnerWeights) -> None:

@@ -52,7 +52,8 @@ def make_run(home: Path) -> RunFolder:
         for iteration in (1, 2):
             figures = {"rollout/reward": iteration / 2, "time/iteration_s": 9.0}
             tracking.log_metrics(figures, step=iteration)
-    state = TrainState(iteration=2, mlflow_run_id=tracking.run_id)
+    folder.mlflow_run_id = tracking.run_id
+    state = TrainState(iteration=2)
     save_checkpoint(folder.checkpoints, state, {}, keep=2)
     with embedded_redis(home / "redis") as url, connect(url) as client:
         queue = PromptQueue(client, queue_name(config, "mine", tracking.run_id))

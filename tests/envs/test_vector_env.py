@@ -121,6 +121,30 @@ def test_failed_scores_truncate_only_their_episode(settings, scorer) -> None:
     assert terminated.dtype == bool
 
 
+def test_answers_that_a_score_model_refuses_do_not_take_others_with_them(
+    settings, scorer, monkeypatch
+) -> None:
+    score = scorer.score
+
+    def picky(pairs: list[tuple[str, str]]) -> np.ndarray:
+        if any(prompt == "Why?" for prompt, _ in pairs):
+            raise DataError("what a question")
+        return score(pairs)
+
+    monkeypatch.setattr(scorer, "score", picky)
+    env = TokenAcceptRejectVectorEnv(SLOTS, **settings(defer_scores=True))
+    env.reset(seed=0)
+    for _ in range(40):
+        env.step(np.ones(SLOTS, dtype=int))
+    answers = list(env.take_finished().values())
+    env.task.score(answers)
+    refused = [answer for answer in answers if answer.prompt.text == "Why?"]
+    assert refused
+    assert [answer for answer in answers if answer.finish_reason == "failed"] == refused
+    assert {answer.failure for answer in refused} == {"what a question"}
+    assert not any(answer.outage for answer in refused)
+
+
 def test_deferred_scores_leave_the_reward_to_later(settings, scorer) -> None:
     env = TokenAcceptRejectVectorEnv(SLOTS, **settings(defer_scores=True))
     env.reset(seed=0)

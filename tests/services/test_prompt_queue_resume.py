@@ -6,7 +6,7 @@ from prompt_queues import entries, ids, make_queue
 
 from mara_rl.errors import ConfigError, DataError
 from services.prompt_epochs import QueuePosition
-from services.prompt_queue import PromptQueue
+from services.prompt_queue import PromptQueue, QueueLost
 from services.redis_server import connect
 
 
@@ -136,9 +136,8 @@ def test_a_new_run_starts_before_the_first_epoch(empty_redis):
 def test_restart_keeps_dead_prompts_out(empty_redis):
     queue = make_queue(empty_redis, 4)
     held = queue.read("a", 2)
-    position = queue.position()
     queue.reject(held[0].entry_id, "empty")
-    queue.restart(position)
+    queue.restart(queue.position())
     assert held[0].prompt_id not in ids(queue.read("a", 9))
 
 
@@ -156,8 +155,56 @@ def test_resume_refuses_what_cannot_continue(empty_redis):
 def test_a_reader_is_told_that_redis_lost_the_queue(empty_redis):
     queue = make_queue(empty_redis, 2)
     connect(empty_redis).flushall()
-    with pytest.raises(DataError, match="queue 'test' is gone from Redis: resume the run"):
+    with pytest.raises(QueueLost, match="queue 'test' is gone from Redis"):
         queue.read("a", 1)
+    with pytest.raises(QueueLost):
+        queue.position()
+
+
+def test_a_run_notices_that_the_queue_is_not_the_one_it_built(empty_redis):
+    queue = make_queue(empty_redis, 2)
+    queue.restart()
+    queue.check_present()
+    connect(empty_redis).flushall()
+    make_queue(empty_redis)  # as a restarted reader does: there is a queue again, but an empty one
+    with pytest.raises(QueueLost):
+        queue.check_present()
+
+
+def test_duplicates_are_told_apart_on_a_redis_that_lost_its_data(empty_redis):
+    queue = make_queue(empty_redis, 4)
+    queue.restart()
+    position = queue.position()
+    queue.mark_delivered(entries(queue.read("a", 3)))
+    seen = queue.seen()
+    connect(empty_redis).flushall()
+    again = make_queue(empty_redis, 4)
+    again.remember(seen, duplicates=5)
+    again.restart(position)
+    again.mark_delivered(entries(again.read("b", 4)))
+    assert again.status().duplicates == 5 + 3
+
+
+def test_a_prompt_that_died_after_the_checkpoint_lives_again(empty_redis):
+    queue = make_queue(empty_redis, 4, max_failures=1)
+    queue.fail(queue.read("a", 1)[0].entry_id, "before")
+    position = queue.position()
+    lost = queue.read("a", 1)[0]
+    queue.fail(lost.entry_id, "after")
+    queue.restart(position)
+    assert [letter["reason"] for letter in queue.dead_letters()] == ["before"]
+    assert ids(queue.read("b", 1)) == [lost.prompt_id]
+    assert len(queue.read("b", 9)) == 2
+
+
+def test_withdrawn_prompts_are_dead_letters_once_and_never_read(empty_redis):
+    queue = make_queue(empty_redis, 4)
+    assert queue.withdraw(["p1", "p2"], "too long") == 2
+    assert queue.withdraw(["p2"], "too long") == 0
+    assert [letter["text"] for letter in queue.dead_letters()] == ["text 1", "text 2"]
+    assert sorted(ids(queue.read("a", 9))) == ["p0", "p3"]
+    assert queue.requeue_dead() == 2
+    assert len(queue.read("a", 9)) == 4  # the next epoch has them again
 
 
 def test_a_power_cut_loses_nothing(start_redis):

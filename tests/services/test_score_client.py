@@ -213,7 +213,7 @@ class TestOnCluster:
             client("reward", "fluency").score([("p", "r")])
 
     def test_the_deadline_holds_when_one_model_hangs_and_when_all_do(self, apps):
-        scorer = client(deadline_s=2.0, max_attempts=2, backoff_s=0.1)
+        scorer = client(deadline_s=2.0, max_attempts=2, backoff_s=0.1, partial=True)
         scorer.score([("p", "r")])
         began = time.monotonic()
         scores = scorer.score([("cost hangs", "rrr"), ("p", "r")])
@@ -227,6 +227,9 @@ class TestOnCluster:
         with pytest.raises(RetryableError, match=r"'reward' .*no answer within .*'cost' .*no ans"):
             scorer.score([("cost hangs", "r"), ("reward hangs", "r")])
         assert time.monotonic() - began < 3
+
+        with pytest.raises(RetryableError, match=r"'cost' .*no answer within"):
+            client(deadline_s=1.0, max_attempts=1).score([("cost hangs", "r")])
 
         # What hung was dropped from the queue: once awake, the models answer others again.
         time.sleep(HANG_S)

@@ -95,6 +95,35 @@ def test_a_run_resumes_under_its_id(uri):
     assert sum(found.info.run_id == run.info.run_id for run in runs) == 1
 
 
+def test_work_done_again_is_not_logged_again(sqlite_uri):
+    first = start(sqlite_uri)
+    for step in (1, 2, 3):
+        first.log_metrics({"loss": float(step)}, step=step)
+    # Killed here; step 2 is the checkpoint's, and step 4 brings a metric that is new.
+    with start(sqlite_uri, run_id=first.run_id) as second:
+        for step in (3, 4):
+            second.log_metrics({"loss": 10.0 * step, "new": 1.0}, step=step)
+        second.log_metrics({"loss": 99.0}, step=4)
+    assert history(second, "loss") == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+    assert history(second, "new") == [(3, 1.0), (4, 1.0)]
+
+
+def test_what_was_not_sent_before_a_kill_is_sent_by_the_resumed_run(sqlite_uri):
+    first = start(sqlite_uri)
+    first.log_metrics({"loss": 1.0}, step=1)
+    first._next_attempt = math.inf  # the server is known to be away
+    for step in (2, 3):
+        first.log_metrics({"loss": float(step)}, step=step)
+    unsent = json.loads(json.dumps(first.unsent))
+    assert [batch[0][0::3] for batch in unsent] == [["loss", 2], ["loss", 3]]
+    first._next_attempt = 0.0
+    first._buffer.pop()
+    first.flush()  # one of them went out after the checkpoint
+    with start(sqlite_uri, run_id=first.run_id, unsent=unsent) as second:
+        second.log_metrics({"loss": 4.0}, step=4)
+    assert history(second, "loss") == [(step, float(step)) for step in (1, 2, 3, 4)]
+
+
 def test_an_unknown_or_deleted_run_does_not_resume(sqlite_uri):
     with pytest.raises(DataError, match="nothere"):
         start(sqlite_uri, run_id="nothere")

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mara_rl.errors import DataError
+from mara_rl.training import checkpoint
 from mara_rl.training.checkpoint import TrainState, load_newest_checkpoint, save_checkpoint
 
 LEARNER = {
@@ -49,7 +50,43 @@ def test_a_figure_that_is_not_finite_is_no_torn_checkpoint(tmp_path: Path) -> No
     assert np.isnan(loaded.warm_start["r2_within_prompt"])
 
 
-@pytest.mark.parametrize("damage", ["learner.pt", "state.json"])
+def test_saving_an_iteration_again_keeps_the_old_one_until_the_new_one_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(tmp_path, 3)
+
+    def killed(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, 3)
+    assert load_newest_checkpoint(tmp_path)[0].iteration == 3
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "remove_folder", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tmp_path, TrainState(iteration=3, token_forwards=9), LEARNER, 2)
+    assert load_newest_checkpoint(tmp_path)[0].token_forwards == 9
+    save_checkpoint(tmp_path, TrainState(iteration=3, token_forwards=11), LEARNER, 2)
+    assert load_newest_checkpoint(tmp_path)[0].token_forwards == 11
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
+    for iteration, reward in enumerate([0.1, 0.9, None, 0.3, float("nan"), 0.2]):
+        save_checkpoint(tmp_path, TrainState(iteration=iteration, reward=reward), LEARNER, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["000001", "000004", "000005"]
+
+
+def test_what_a_killed_process_was_writing_goes(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    (tmp_path / ".writing-x" / "000002").mkdir(parents=True)
+    assert load_newest_checkpoint(tmp_path)[0].iteration == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["000001"]
+
+
+@pytest.mark.parametrize("damage", ["learner.pt", "state.json", "sha256.json"])
 def test_a_torn_checkpoint_is_skipped(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -57,7 +94,14 @@ def test_a_torn_checkpoint_is_skipped(
     torn = save(tmp_path, 2) / damage
     torn.write_bytes(torn.read_bytes()[:-20])
     assert load_newest_checkpoint(tmp_path)[0].iteration == 1
-    assert "is skipped" in caplog.text
+    assert "000002 is torn and skipped" in caplog.text
+
+
+def test_a_changed_byte_is_noticed(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    state = save(tmp_path, 2) / "state.json"
+    state.write_text(state.read_text().replace('"iteration":2', '"iteration":3'))
+    assert load_newest_checkpoint(tmp_path)[0].iteration == 1
 
 
 def test_none_without_checkpoints(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import redis
+from ray.exceptions import ActorDiedError
 from rich.console import Console
 
 from mara_rl.errors import RetryableError
@@ -15,9 +16,11 @@ from mara_rl.training import ppo_phase
 from mara_rl.training.checkpoint import TrainState, load_newest_checkpoint
 from mara_rl.training.config import load_config
 from mara_rl.training.display import Display
+from mara_rl.training.lost_part import LostPart
 from mara_rl.training.ppo_phase import PPOPhase
 from mara_rl.training.run_folder import RunFolder
 from services.prompt_epochs import QueuePosition
+from services.prompt_queue import QueueLost
 
 
 class FakeAlgorithm:
@@ -25,13 +28,34 @@ class FakeAlgorithm:
 
     def __init__(self, *outcomes: Any) -> None:
         self.outcomes = list(outcomes)
-        self.env_runner_group = SimpleNamespace(num_healthy_remote_workers=lambda: 0)
+        self.env_runner_group = SimpleNamespace(
+            num_healthy_remote_workers=lambda: 0, num_env_runners_dropped_lifetime=0
+        )
 
     def train(self) -> dict[str, Any]:
         outcome = self.outcomes.pop(0) if len(self.outcomes) > 1 else self.outcomes[0]
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
+
+
+class QuietQueue:
+    """A queue that is there."""
+
+    def __init__(self) -> None:
+        self.remembered: tuple[list[str], int] | None = None
+
+    def check_present(self) -> None:
+        """It is."""
+
+    def seen(self) -> list[str]:
+        return ["0 0 p1"]
+
+    def status(self) -> SimpleNamespace:
+        return SimpleNamespace(waiting=1, dead=0, duplicates=7)
+
+    def remember(self, seen: list[str], duplicates: int) -> None:
+        self.remembered = (seen, duplicates)
 
 
 def phase_of(algorithm: FakeAlgorithm, out: io.StringIO) -> PPOPhase:
@@ -41,11 +65,11 @@ def phase_of(algorithm: FakeAlgorithm, out: io.StringIO) -> PPOPhase:
         config,
         folder=unused,
         algorithm=algorithm,
-        weights=unused,
+        weights=SimpleNamespace(learners_alive=lambda: True),
         runners=SimpleNamespace(last_failures=list),
-        queue=unused,
+        queue=QuietQueue(),
         redis_url="redis://localhost",
-        tracking=unused,
+        tracking=SimpleNamespace(unsent=[]),
         state=TrainState(iteration=4),
         display=Display(Console(file=out)),
     )
@@ -71,6 +95,32 @@ def test_an_interrupt_is_heard_while_nothing_is_learned(monkeypatch: pytest.Monk
 
     with pytest.raises(KeyboardInterrupt):
         phase_of(FakeAlgorithm({}), io.StringIO()).run(check_interrupt=interrupt)
+
+
+def test_a_dead_learner_and_a_failed_one_send_the_run_back() -> None:
+    phase = phase_of(FakeAlgorithm({}), io.StringIO())
+    phase._weights = SimpleNamespace(learners_alive=lambda: False)
+    with pytest.raises(LostPart, match="the learner is gone"):
+        phase.run(check_interrupt=lambda: None)
+    phase = phase_of(FakeAlgorithm(ActorDiedError()), io.StringIO())
+    with pytest.raises(LostPart, match="the learner failed: "):
+        phase.run(check_interrupt=lambda: None)
+
+
+def test_a_lost_queue_sends_the_run_back_with_what_tells_duplicates(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    phase = phase_of(FakeAlgorithm({}), io.StringIO())
+    queue = phase._queue
+    phase._queue_figures()
+
+    def lost() -> None:
+        raise QueueLost("queue 'x' is gone from Redis")
+
+    monkeypatch.setattr(queue, "check_present", lost)
+    with pytest.raises(LostPart, match="queue 'x' is gone from Redis"):
+        phase.run(check_interrupt=lambda: None)
+    assert queue.remembered == (["0 0 p1"], 7)
 
 
 class FlakyQueue:

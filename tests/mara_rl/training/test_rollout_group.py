@@ -7,6 +7,7 @@ import pytest
 
 from mara_rl.decoding.answer import DecodedAnswer
 from mara_rl.errors import DataError, RetryableError
+from mara_rl.training import rollout_group
 from mara_rl.training.config import load_config
 from mara_rl.training.rollout_group import RolloutGroup
 
@@ -22,13 +23,16 @@ class FakeActors:
         self.calls = 0
         self.restored = 0
 
-    def restore_env_runners(self, actors: Any) -> None:
+    def restore_env_runners(self, actors: Any) -> list[int]:
         self.restored += 1
+        return [1, 2, 3]
 
     def healthy_env_runner_ids(self) -> list[int]:
         return [1, 2, 3]
 
-    def foreach_env_runner(self, calls: list[Any], **kwargs: Any) -> list[Any]:
+    def foreach_env_runner(self, calls: Any, **kwargs: Any) -> list[Any]:
+        if callable(calls):  # a ping
+            return [1, 2, 3]
         results = []
         for call in calls:
             self.calls += 1
@@ -38,8 +42,9 @@ class FakeActors:
         return results
 
 
-def group(actors: FakeActors) -> RolloutGroup:
-    config = load_config("quickstart", [f"rollouts.num_slots={SLOTS}", "ppo.minibatch_size=64"])
+def group(actors: FakeActors, *overrides: str) -> RolloutGroup:
+    small = [f"rollouts.num_slots={SLOTS}", "ppo.minibatch_size=64"]
+    config = load_config("quickstart", [*small, *overrides])
     algorithm = SimpleNamespace(
         env_runner_group=actors,
         learner_group=None,
@@ -66,9 +71,35 @@ def test_a_round_that_brings_nothing_is_tried_again_with_the_actors_restored() -
     assert actors.restored == 1
 
 
-def test_no_answer_in_several_rounds_is_an_error() -> None:
-    with pytest.raises(RetryableError, match="no answers from 3 live rollout actors in 3 rounds"):
+def test_what_fails_again_and_again_is_an_error() -> None:
+    with pytest.raises(RetryableError, match="no answers to prompts 1 to 4: 3 times"):
         group(FakeActors(set(range(1, 10)))).answers(["a"] * 12)
+
+
+class RestartingActor(FakeActors):
+    """One actor, which is dead until it was asked for twice."""
+
+    def healthy_env_runner_ids(self) -> list[int]:
+        return [1] if self.restored >= 2 else []
+
+    def restore_env_runners(self, actors: Any) -> list[int]:
+        super().restore_env_runners(actors)
+        return self.healthy_env_runner_ids()
+
+
+def test_a_lone_actor_that_starts_again_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout_group, "_RETRY_WAIT_S", 0.01)
+    actors = RestartingActor(set())
+    assert [a.text for a in group(actors).answers(["a"] * 6)] == ["a"] * 6
+    assert actors.restored == 2
+
+
+def test_an_actor_that_stays_away_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout_group, "_RETRY_WAIT_S", 0.01)
+    actors = RestartingActor(set())
+    actors.restored = -(10**9)
+    with pytest.raises(RetryableError, match=r"no live rollout actor for 0.1 s"):
+        group(actors, "rollouts.sample_timeout_s=0.1").answers(["a"])
 
 
 def test_what_decoding_raised_is_raised_here() -> None:

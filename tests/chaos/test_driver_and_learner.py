@@ -1,0 +1,33 @@
+"""The driver and the remote learner die: training goes on from a checkpoint."""
+
+import time
+
+import pytest
+from training_runs import LEARNER, iterations
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+
+
+def test_the_learner_dies(chaos) -> None:
+    run = chaos.start(learner={"num_learners": 1, "num_cpus": 0.3})
+    run.until_iteration(3)
+    at = time.time()
+    run.processes(LEARNER)[0].kill()
+    took_s = chaos.recovered(run, at)
+    output = chaos.end(run, "the learner killed", took_s)
+    back = [line for line in output.splitlines() if "going back to checkpoint" in line]
+    assert len(back) == 1
+    assert back[0].startswith("the learner failed: ")
+    assert "resumed tiny-1 at iteration" in output
+
+
+def test_the_driver_dies(chaos) -> None:
+    run = chaos.start(rollouts={"num_runners": 2})
+    run.until_iteration(5)
+    at = run.kill()
+    before = iterations(chaos.home)[-1][0]
+    run = chaos.resume()
+    took_s = chaos.recovered(run, at)
+    output = chaos.end(run, "the driver killed, `--resume` at once", took_s)
+    line = next(line for line in output.splitlines() if line.startswith("resumed tiny-1"))
+    assert before - 2 <= int(line.split()[-1]) <= before

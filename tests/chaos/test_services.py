@@ -1,0 +1,75 @@
+"""Score replicas, Redis and MLflow go away, for a while or with all they had."""
+
+import shutil
+import time
+from collections.abc import Iterator
+
+import pytest
+from mlflow_servers import MLflowServer
+from training_runs import REPLICA, iterations, metric_history
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+
+
+@pytest.mark.parametrize("deadline_s", [60, 2])
+def test_a_reward_replica_dies_in_mid_call(chaos, deadline_s: float) -> None:
+    """With a short deadline the answers of that time are dropped, counted, and asked for again."""
+    run = chaos.start(scoring={"deadline_s": deadline_s})
+    run.until_iteration(3)
+    at = time.time()
+    run.processes(REPLICA.format("reward"))[0].kill()
+    took_s = chaos.recovered(run, at)
+    output = chaos.end(run, f"the reward replica killed (deadline_s: {deadline_s})", took_s)
+    told = "score 'reward' from app 'reward'" in output
+    assert told == (deadline_s == 2)
+    assert [letter["prompt"] for letter in chaos.queue().dead_letters()] in (["p3"], [])
+
+
+@pytest.mark.parametrize("data", ["with", "without"])
+def test_redis_dies_and_comes_back(chaos, data: str) -> None:
+    run = chaos.start(rollouts={"num_runners": 2})
+    run.until_iteration(3)
+    at = time.time()
+    chaos.redis.kill()
+    time.sleep(2)
+    if data == "without":
+        shutil.rmtree(chaos.redis.folder)
+        chaos.redis.folder.mkdir()
+    chaos.redis.start()
+    took_s = chaos.recovered(run, at)
+    # Without its data, what was delivered since the driver last looked, in one iteration.
+    output = chaos.end(
+        run,
+        f"Redis killed, back after 2 s {data} its data",
+        took_s,
+        uncounted=16 if data == "without" else 0,
+    )
+    lost = [line for line in output.splitlines() if "is gone from Redis; going back to" in line]
+    assert len(lost) == (data == "without")
+
+
+@pytest.fixture
+def mlflow_server(chaos) -> Iterator[MLflowServer]:
+    chaos.home.mkdir()
+    server = MLflowServer(chaos.home)  # its database is where the harness looks for one
+    server.start()
+    yield server
+    server.kill()
+
+
+def test_mlflow_is_away_for_a_while(chaos, mlflow_server: MLflowServer) -> None:
+    chaos.env["MLFLOW_TRACKING_URI"] = mlflow_server.uri
+    run = chaos.start()
+    run.until_iteration(3)
+    at = time.time()
+    mlflow_server.kill()
+    before = iterations(chaos.home)[-1][0]
+    time.sleep(10)
+    mlflow_server.start()
+    run.until(lambda: dict(iterations(chaos.home)).get(before + 1), "the metrics of that time")
+    took_s = time.time() - at
+    output = chaos.end(run, "MLflow killed, back after 10 s", took_s)
+    assert "metrics are kept in memory for now" in output
+    away = [ended for step, ended in iterations(chaos.home) if step > before]
+    assert min(away) - at < 10, "training went on meanwhile"
+    assert metric_history(chaos.home, "faults/resumes")[-1][1] == 0
