@@ -110,7 +110,7 @@ def test_a_run_is_training_while_a_process_has_it_and_done_at_its_end(
 def test_what_does_not_answer_is_named(
     home: Path, status: Status, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    RunFolder.named("mine", load_config("quickstart"))
+    RunFolder.named("mine", load_config("quickstart")).mlflow_run_id = "0" * 32
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
     monkeypatch.setenv("MARA_REDIS_URL", "redis://:secret@127.0.0.1:1/0")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@127.0.0.1:1")
@@ -126,7 +126,7 @@ def test_what_does_not_answer_is_named(
 def test_on_a_cluster_nothing_of_this_machine_is_asked(
     home: Path, status: Status, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    RunFolder.named("mine", load_config("quickstart"))
+    RunFolder.named("mine", load_config("quickstart")).mlflow_run_id = "0" * 32
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")
     unreachable = json.loads(status("mine", "--json")[1])["unreachable"]
     assert "MARA_REDIS_URL is not set" in unreachable["Redis"]
