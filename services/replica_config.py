@@ -8,7 +8,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat
 def _custom(resources: dict[str, float]) -> dict[str, float]:
     own = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": None, "object_store_memory": None}
     for name in resources.keys() & own.keys():
-        raise ValueError(f"{name} is no custom resource; expected {own[name] or 'another name'}")
+        raise ValueError(f"not a custom resource: {name}; expected {own[name] or 'another'}")
     return resources
 
 

@@ -35,7 +35,7 @@ def test_quoted_lines_of_the_log_are_in_the_code() -> None:
         for span in re.findall(r"`([^`]+)`", part)
         if " " in span
     ]
-    assert len(quoted) > 25
+    assert len(quoted) > 20
     unknown = [
         piece.strip()
         for span in quoted

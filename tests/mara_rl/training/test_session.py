@@ -46,7 +46,7 @@ def test_shared_score_services_are_not_in_the_plan() -> None:
     [
         (
             "rollouts.resources.GPU=1",
-            r"rollouts\.resources: GPU is no custom resource; .* num_gpus",
+            r"rollouts\.resources: not a custom .* num_gpus",
         ),
         ("learner.resources.x=0", r"learner\.resources\.x: input should be greater than 0"),
         ("scores.cost.resources=3", r"scores\.cost\.resources: input should be a valid dict"),
