@@ -4,11 +4,11 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from mara_rl.display import Display
 from mara_rl.errors import RetryableError
 from mara_rl.tracking.run import TrackingRun
 from mara_rl.training.checkpoint import TrainState, save_checkpoint
 from mara_rl.training.config import TrainConfig
-from mara_rl.training.display import Display
 from mara_rl.training.learner_weights import LearnerWeights
 from mara_rl.training.rollout_group import RolloutGroup
 from mara_rl.training.run_folder import RunFolder

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from mara_rl.errors import ConfigError, DataError
+from mara_rl.atomic_write import write_atomically
+from mara_rl.errors import ConfigError
 from mara_rl.home import mara_home
 from mara_rl.training.config import TrainConfig, load_config
 
@@ -64,18 +65,6 @@ class RunFolder:
                 f"{', '.join(known) or 'none yet'}"
             )
         return cls(path.resolve()), load_config(str(path / "config.yaml"))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file whole or not at all. Raises DataError when it cannot (a full disk)."""
-    descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(scratch, path)
-    except OSError as error:
-        os.unlink(scratch)
-        raise DataError(f"{path}: could not be written: {error.strerror}") from error
 
 
 def remove_folder(path: Path) -> None:
