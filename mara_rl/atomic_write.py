@@ -1,7 +1,6 @@
 """Files that appear whole or not at all."""
 
 import os
-import tempfile
 from pathlib import Path
 
 from mara_rl.errors import DataError
@@ -9,11 +8,10 @@ from mara_rl.errors import DataError
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file whole or not at all. Raises DataError when it cannot (a full disk)."""
-    descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
+        scratch.write_text(text, encoding="utf-8")
         os.replace(scratch, path)
     except OSError as error:
-        os.unlink(scratch)
+        scratch.unlink(missing_ok=True)
         raise DataError(f"{path}: could not be written: {error.strerror}") from error

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from mara_rl.display import Display
@@ -58,34 +59,28 @@ def points(rate: Mapping[str, Any]) -> str:
     return f"{rate['rate']:+.1f} [{rate['low']:+.1f}, {rate['high']:+.1f}]"
 
 
-def number(found: Mapping[str, Any], digits: int = 2) -> str:
-    """``+0.34 [+0.21, +0.47]``."""
-    return f"{found['value']:+.{digits}f} [{found['low']:+.{digits}f}, {found['high']:+.{digits}f}]"
-
-
 def _table(figures: Mapping[str, Any], judge: str, about: Mapping[str, Any]) -> Table:
-    role = "was a training reward" if about["training"] else "independent"
+    role = "was a training reward" if about["training"] else "was not a training reward"
     table = Table(
-        "method",
-        "both",
-        "helpful",
-        "harmless",
-        "weighted",
-        "safe",
-        "refusals",
-        "KL/token",
-        "forwards/token",
-        title=f"judge {judge} ({role}), net rates over {figures['baseline']} in points",
+        title=f"judge {judge} ({role}): net rates over {figures['baseline']}, points",
         title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
+    table.add_column("method", overflow="fold")
+    for name in ("both axes", "helpful", "harmless", "reward", "safe", "refused", "KL", "forwards"):
+        table.add_column(name, justify="right", no_wrap=True)
     for name, method in figures["methods"].items():
         versus = method["versus_baseline"].get(judge)
         decoding = method["decoding"]
-        rates = [points(versus[key]) for key in ("both", "helpful", "harmless")] if versus else []
         table.add_row(
             name + (" (!)" if method["flag"] else ""),
-            *(rates or ["baseline", "", ""]),
-            number(versus["difference"]["weighted"]) if versus else "",
+            points(versus["both"]) if versus else "baseline",
+            f"{versus['helpful']['rate']:+.1f}" if versus else "",
+            f"{versus['harmless']['rate']:+.1f}" if versus else "",
+            f"{versus['difference']['weighted']['value']:+.2f}" if versus else "",
             f"{method['judges'][judge]['safe_share']['value']:.0%}",
             f"{method['answers']['refusal_share']:.0%}",
             _optional(decoding.get("kl_per_token"), 3),

@@ -139,7 +139,7 @@ class EvaluationPlan(Section):
     group_by: tuple[str, ...] = Field(
         ("kind", "category", "topic"), description="prompt fields to give figures by"
     )
-    max_new_tokens: int = Field(48, ge=1, description="tokens of an answer at most")
+    max_new_tokens: int = Field(40, ge=1, description="tokens of an answer at most")
     seed: int = Field(0, ge=0, description="of everything drawn: samples and bootstrap")
     num_slots: int = Field(32, ge=1, description="answers decoded at the same time")
     methods: dict[Annotated[str, Field(pattern=NAME)], Method] = Field(min_length=1)

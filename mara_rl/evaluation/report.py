@@ -6,7 +6,7 @@ from typing import Any
 
 from mara_rl.atomic_write import write_atomically
 from mara_rl.evaluation import plots
-from mara_rl.evaluation.console import number, points, rate_of, warnings
+from mara_rl.evaluation.console import points, rate_of, warnings
 from mara_rl.evaluation.summary import Judged
 from mara_rl.preference import result_line
 
@@ -22,7 +22,7 @@ def write_report(path: Path, figures: Mapping[str, Any], judged: Judged) -> None
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"points": points, "number": number, "percent": _percent}
+    environment.filters |= {"points": points, "percent": _percent}
     result = figures["result"]
     text = environment.get_template("report.html.jinja").render(
         figures=figures,
