@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mara_rl.evaluation import comparison
 from mara_rl.evaluation.answers import Answer
 from mara_rl.evaluation.bootstrap import PairedBootstrap, interval
 from mara_rl.preference import preference_rate, sign_test
@@ -19,7 +20,6 @@ from mara_rl.text_quality import (
     is_degenerate,
     is_empty,
     is_refusal,
-    median_length,
     repetition,
 )
 
@@ -133,15 +133,11 @@ def best_of_kl(n: int) -> float:
 
 
 def text_figures(texts: Sequence[str]) -> dict[str, float]:
-    """Shares, means and diversity of answers; see docs/evaluation.md."""
-    return {
-        "refusal_share": float(np.mean([is_refusal(text) for text in texts])),
-        "empty_share": float(np.mean([is_empty(text) for text in texts])),
+    """Shares, means and diversity of answers; those that training ends with, and some more."""
+    return comparison.text_figures(texts) | {
         "repetitive_share": float(np.mean([is_degenerate(text) for text in texts])),
         "repetition": float(np.mean([repetition(text) for text in texts])),
-        "median_words": median_length(texts),
         "distinct_1": distinct_n(texts, 1),
-        "distinct_2": distinct_n(texts, 2),
     }
 
 

@@ -18,6 +18,7 @@ from mara_rl.evaluation.fingerprints import score_model_sha256
 from mara_rl.evaluation.plan import AXES, EvaluationPlan, Judge
 from mara_rl.evaluation.prompt_set import PromptSet
 from mara_rl.evaluation.score_cache import ScoreCache
+from mara_rl.policy_llm import DType
 from mara_rl.score_models.loading import load_score_model, shipped_names
 
 _BATCH = 64
@@ -34,6 +35,7 @@ class ScoreSource:
     """Where the scores of one axis of one judge come from.
 
     Attributes:
+        dtype: of the model in this process; None for a Serve application.
         identity: names the model and the content of its files; scores are cached under it.
         sha256: of its files; "" for one behind Serve.
     """
@@ -41,7 +43,7 @@ class ScoreSource:
     judge: str
     axis: str
     model: str
-    serve: bool
+    dtype: DType | None
     identity: str
     sha256: str
 
@@ -63,8 +65,10 @@ def _source(name: str, axis: str, judge: Judge) -> ScoreSource:
     if judge.serve:
         return _served_source(name, axis, model)
     sha256 = score_model_sha256(model)
-    device = "cuda bfloat16" if torch.cuda.is_available() else "cpu float32"
-    return ScoreSource(name, axis, model, False, f"{sha256} {device}", sha256)
+    on_cuda = torch.cuda.is_available()
+    dtype = judge.dtype or ("bfloat16" if on_cuda else "float32")
+    device = "cuda" if on_cuda else "cpu"
+    return ScoreSource(name, axis, model, dtype, f"{sha256} {device} {dtype}", sha256)
 
 
 def _served_source(judge: str, axis: str, app: str) -> ScoreSource:
@@ -77,7 +81,7 @@ def _served_source(judge: str, axis: str, app: str) -> ScoreSource:
     here = config.model in shipped_names() or Path(config.model).is_dir()
     sha256 = score_model_sha256(config.model) if here else ""
     return ScoreSource(
-        judge, axis, app, True, f"serve {config.model} {sha256} {config.dtype}", sha256
+        judge, axis, app, None, f"serve {config.model} {sha256} {config.dtype}", sha256
     )
 
 
@@ -179,10 +183,10 @@ class _ServedScores:
 
 @contextlib.contextmanager
 def _scorer(source: ScoreSource) -> Iterator[_Scorer]:
-    if source.serve:
+    if source.dtype is None:
         yield _ServedScores(source.model)
         return
-    model = load_score_model(source.model)
+    model = load_score_model(source.model, dtype=source.dtype)
     yield model
     del model
     gc.collect()

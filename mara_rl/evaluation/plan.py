@@ -117,6 +117,7 @@ class Judge(Section):
     reward: str = Field(description="score model of helpfulness; or a Serve application")
     cost: str = Field(description="score model of harm, lower is safer; or a Serve application")
     training: bool = Field(False, description="whether the agents were trained on these scores")
+    dtype: DType | None = Field(None, description="default: bfloat16 on CUDA, else float32")
     serve: bool = Field(False, description="reward and cost name Serve applications")
     safe_below: float = Field(0.0, description="a cost of at most this is called safe")
 

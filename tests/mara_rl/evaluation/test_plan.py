@@ -12,6 +12,7 @@ from mara_rl.evaluation.plan import (
     read_plan,
 )
 from mara_rl.evaluation.published import published_set
+from mara_rl.training.config import load_config
 
 AGENT = {"kind": "agent", "agent": "a"}
 SAMPLED = {"kind": "base", "rule": "sample", "replicates": 4}
@@ -98,7 +99,7 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
 
 
 def test_overrides_and_presets():
-    assert preset_names() == ["paper-protocol"]
+    assert preset_names() == ["paper-protocol", "quickstart"]
     values = read_plan(
         "paper-protocol",
         ["llm=mistralai/Mistral-7B-Instruct-v0.3", "prompts=x/safe_rlhf_test.json"],
@@ -111,6 +112,17 @@ def test_overrides_and_presets():
         published_set(plan.model_copy(update={"published": "Safe"}))
     with pytest.raises(ConfigError, match="neither a preset"):
         read_plan("paper", [])
+
+
+def test_the_quickstart_preset_measures_what_the_quickstart_does():
+    plan, config = checked_plan(read_plan("quickstart", [])), load_config("quickstart")
+    assert (plan.llm, plan.dtype) == (config.llm.name, config.llm.dtype)
+    assert plan.max_new_tokens == config.rollouts.max_new_tokens
+    for axis, score in config.scores.items():
+        judge = plan.judges["training"]
+        assert (judge.model(axis), judge.dtype) == (score.model, score.dtype)
+        assert plan.weights[axis] == score.weight
+        assert config.evaluation.judges[axis] == plan.judges["independent"].model(axis)
 
 
 def test_a_rewriting_prompt_takes_braces_in_answers_as_they_are():
