@@ -174,7 +174,10 @@ def _methods(
         short = ["agent"] if agents and planned else ([] if planned else ["base", "agent"])
         if (other_llms or answers) and not agents and not planned:
             short = ["base"]
-    if not agents and any(name.startswith(("agent", "exact", "strength-")) for name in short):
+    wants_agent = any(name.startswith(("agent", "exact", "strength-")) for name in short)
+    if agents and not wants_agent:
+        raise ConfigError(f"--agent: no method uses it; --methods is {','.join(short)}")
+    if not agents and wants_agent:
         champion = f"models:/{model_name_for(values.get('llm') or SMOLLM2)}@champion"
         agents = {"agent": champion}
     found = [*planned.items(), *methods_of(short, agents).items()]

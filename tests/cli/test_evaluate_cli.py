@@ -82,6 +82,11 @@ def common(made) -> list[str]:
     return made["common"].split("\n")
 
 
+def base_alone(made) -> list[str]:
+    """`common` without the agent."""
+    return ["--llm", made["llm"], *common(made)[2:], "--methods", "base"]
+
+
 def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
@@ -285,6 +290,7 @@ def test_a_killed_run_goes_on_and_equals_one_that_was_not(evaluate, made, tmp_pa
         (["--judge", "j={reward}"], r"--judge: j=.*expected NAME=REWARD,COST"),
         (["--judge", "j=no-such-model,{cost}"], "'no-such-model' is neither a shipped name"),
         (["--methods", "base,agents"], "unknown 'agents'"),
+        (["--methods", "base,sampled"], "--agent: no method uses it"),
         (["--agent", "/no/such"], "'/no/such': no such file or folder"),
         (["--agent", "{small}", "--llm", "{llm}"], "method 'agent': .*hidden size 12"),
         (["--llm", "{other}"], "method 'agent': .*trained on LLM"),
@@ -322,20 +328,23 @@ def test_a_changed_plan_is_refused_in_the_same_folder_and_more_methods_are_not(
     evaluate, made, tmp_path
 ):
     out = ("--out", tmp_path / "out")
-    assert evaluate(*common(made), *out, "--methods", "base")[0] == 0
+    assert evaluate(*base_alone(made), *out)[0] == 0
     base = (tmp_path / "out" / "answers" / "base.jsonl").read_bytes()
-    status, _, err = evaluate(*common(made), *out, "--methods", "base", "--seed", 1)
-    assert (status, "holds an evaluation with seed: 0, not 1" in err) == (1, True)
     prompts = tmp_path / "prompts.jsonl"
     write_rows(prompts, [{"id": f"p{i}", "prompt": f"Other {i}"} for i in range(N)])
-    status, _, err = evaluate(*common(made), *out, "--prompts", prompts)
-    assert status == 1
-    assert "holds an evaluation with prompts." in err
-    assert evaluate(*common(made), *out, "--methods", "base,agent")[0] == 0
+    for change, message in (
+        (("--seed", 1), "holds an evaluation with seed: 0, not 1"),
+        (("--prompts", prompts), "holds an evaluation with prompts.source: "),
+        (("--llm", made["other"]), "holds an evaluation with llm: "),
+        (("--set", "methods.base.kind=base", "--set", "methods.base.llm=" + made["other"],
+          "--methods", "sampled"), "holds an evaluation with methods.base.llm: None"),
+    ):  # fmt: skip
+        status, _, err = evaluate(*base_alone(made), *out, *change)
+        assert (status, message in err) == (1, True), err
+    more = ("--methods", "base,agent", "--agent", made["agent"])
+    status, _, err = evaluate(*base_alone(made), *out, *more)
+    assert status == 0, err
     assert (tmp_path / "out" / "answers" / "base.jsonl").read_bytes() == base
-    status, _, err = evaluate(*common(made), *out, "--set", f"llm={made['llm']}/.")
-    assert status == 1
-    assert "holds an evaluation with llm" in err
 
 
 class FailingJudge:
@@ -370,7 +379,7 @@ def test_a_judge_that_fails_half_way_keeps_what_it_had(
     monkeypatch.setattr(judging, "_BATCH", 2)
     judge = FailingJudge(6, failure)
     monkeypatch.setattr(judging, "load_score_model", lambda name, dtype: judge)
-    arguments = (*common(made), "--methods", "base", "--out", tmp_path / "out")
+    arguments = (*base_alone(made), "--out", tmp_path / "out")
     status, _, err = evaluate(*arguments)
     assert (status, bool(re.search(message, err))) == (1, True), err
     better = FailingJudge(1000, failure)
@@ -378,8 +387,6 @@ def test_a_judge_that_fails_half_way_keeps_what_it_had(
     status, text, _ = evaluate(*arguments)
     assert status == 0
     assert "answers of base" not in text
-    different = len(set(texts(read_rows(tmp_path / "out" / "answers" / "base.jsonl"))))
-    assert different == N  # else the counts below mean something else
     assert better.scored == (N - 6) + N  # the rest of the reward, and the cost
 
 
