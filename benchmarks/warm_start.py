@@ -20,13 +20,13 @@ from mara_rl.decoding.answer import DecodedAnswer
 from mara_rl.decoding.blend import Blend
 from mara_rl.decoding.decoder import Decoder
 from mara_rl.decoding.request import DecodeRequest, DecodeSettings
+from mara_rl.display import Display
 from mara_rl.evaluation.comparison import JudgedAnswers, rates, text_figures
 from mara_rl.policy_llm import llm_hidden_size, load_policy_llm
 from mara_rl.prompts import PackagedPrompt, packaged_prompts
 from mara_rl.score_models.loading import load_score_model
 from mara_rl.training.base_phase import run_base_phase, score_in_batches
 from mara_rl.training.config import TrainConfig, load_config
-from mara_rl.training.display import Display
 from mara_rl.training.rollout_group import derived_seed
 
 KEPT_OUT_FROM = 19  # numbers of training prompts that are measured on

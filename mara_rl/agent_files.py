@@ -1,5 +1,6 @@
 """Agents on disk: a folder with ``agent.safetensors`` and ``agent.json``."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -67,6 +68,15 @@ def load_agent(folder: Path) -> Agent:
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path} could not be read as weights: {first_line(error)}") from error
     return agent_with_weights(spec, state, path)
+
+
+def agent_sha256(agent: Agent) -> str:
+    """The SHA-256 of an agent's spec and weights, wherever it was loaded from."""
+    digest = hashlib.sha256(agent.spec.model_dump_json().encode())
+    for key, tensor in sorted(agent.network.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def read_agent_spec(folder: Path) -> tuple[AgentSpec, dict[str, Any]]:

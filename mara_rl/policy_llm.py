@@ -86,12 +86,14 @@ def load_policy_llm(
     device: str | torch.device | None = None,
     dtype: DType | None = None,
     pack: bool = True,
+    chat: bool = True,
 ) -> PolicyLLM:
     """Load an LLM by shipped name (`SMOLLM2`), hub id, folder or ``.gguf`` file.
 
     ``device`` defaults to the first CUDA device, else the CPU; ``dtype`` to bfloat16 on CUDA, else
     float32 (a GGUF file's quantised weights are expanded to it). On a CPU the linear layers are
-    packed for its kernels (`pack_linears`) unless ``pack`` is false: to train or save them.
+    packed for its kernels (`pack_linears`) unless ``pack`` is false: to train or save them. One
+    without a chat template is refused unless ``chat`` is false: it can only go on from tokens.
 
     Raises ConfigError naming what was looked for when it is not there or not supported, DataError
     when a checkpoint is not a causal LLM with a chat template.
@@ -107,7 +109,7 @@ def load_policy_llm(
             model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch_dtype)
         except (OSError, ValueError, RuntimeError) as error:
             raise _not_loadable(name, error) from error
-    if tokenizer.chat_template is None:
+    if chat and tokenizer.chat_template is None:
         raise DataError(f"llm {name!r} has no chat template; expected an instruction-tuned LLM")
     placed: Any = model
     llm = PolicyLLM(name, placed.to(device), tokenizer)
@@ -211,6 +213,8 @@ def _eos_ids(model: Any, tokenizer: Any) -> frozenset[int]:
 
 def _end_of_turn(tokenizer: Any) -> int | None:
     """The special token the chat template writes right after an assistant turn, if any."""
+    if tokenizer.chat_template is None:
+        return None
     mark = "mara-end-of-turn-probe"
     rendered = tokenizer.apply_chat_template(
         [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}], tokenize=False

@@ -5,11 +5,13 @@ import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from mara_rl.errors import DataError, first_line
 
 _log = logging.getLogger(__name__)
+
+PACKAGED = "packaged"
 
 _TEXT_FIELD = {".jsonl": "prompt", ".json": "instruction", ".parquet": "prompt"}
 
@@ -34,6 +36,20 @@ def read_prompts(path: str | Path) -> list[PromptRecord]:
     (the published form). ``.parquet``: a column ``prompt``. An optional ``id`` (string or whole
     number) names the prompt, else its text does; all other fields are kept in ``extra``.
 
+    Raises DataError as `read_records`.
+    """
+    records = read_records(path)
+    distinct: dict[str, PromptRecord] = {}
+    for record in records:
+        distinct.setdefault(record.text, record)
+    if len(records) > len(distinct):
+        _log.warning("%s: dropped %d duplicate prompts", path, len(records) - len(distinct))
+    return list(distinct.values())
+
+
+def read_records(path: str | Path) -> list[PromptRecord]:
+    """All prompts of a file, in its order, texts that occur more than once included.
+
     Raises DataError, naming file and place, for a file that is missing, empty, unreadable or of
     another kind, a prompt that is no text or blank, and an id that names two texts.
     """
@@ -43,22 +59,28 @@ def read_prompts(path: str | Path) -> list[PromptRecord]:
         raise DataError(f"{path}: unknown kind of file, expected {', '.join(_TEXT_FIELD)}")
     if not path.is_file():
         raise DataError(f"{path}: no such file")
-    by_id: dict[str, PromptRecord] = {}
-    texts: set[str] = set()
-    total = 0
+    records: list[PromptRecord] = []
+    texts: dict[str, str] = {}
     for place, row in _rows(path):
         record = _record(f"{path}, {place}", row, field)
-        total += 1
-        if record.prompt_id in by_id and by_id[record.prompt_id].text != record.text:
+        if texts.setdefault(record.prompt_id, record.text) != record.text:
             raise DataError(f"{path}, {place}: id {record.prompt_id!r} already names another text")
-        if record.text not in texts:
-            by_id[record.prompt_id] = record
-            texts.add(record.text)
-    if not by_id:
+        records.append(record)
+    if not records:
         raise DataError(f"{path}: no prompts in it")
-    if total > len(by_id):
-        _log.warning("%s: dropped %d duplicate prompts", path, total - len(by_id))
-    return list(by_id.values())
+    return records
+
+
+def load_prompts(name: str, split: Literal["train", "heldout"]) -> list[PromptRecord]:
+    """The packaged prompts of a split (``packaged``), or those of a file."""
+    if name != PACKAGED:
+        return read_prompts(name)
+    from mara_rl.prompts import packaged_prompts
+
+    return [
+        PromptRecord(p.id, p.prompt, {"kind": p.kind, "category": p.category})
+        for p in packaged_prompts(split)
+    ]
 
 
 def _rows(path: Path) -> Iterator[tuple[str, Any]]:

@@ -121,7 +121,7 @@ def deploy_scores(
         ]
     )
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
-    changed = {name: config for name, config in services.items() if _deployed(name) != config}
+    changed = {name: config for name, config in services.items() if deployed_score(name) != config}
     if not changed:
         return
     serve.start(proxy_location="Disabled")
@@ -141,7 +141,7 @@ def deploy_scores(
 
 def check_hosts(name: str, model: str) -> None:
     """Raise ConfigError unless the Serve application ``name`` runs and hosts ``model``."""
-    config = _deployed(name)
+    config = deployed_score(name)
     if config is None:
         raise ConfigError(
             f"score application {name!r} is {_status(name) or 'not there'}; expected one that runs "
@@ -168,8 +168,11 @@ def score_application(config: ScoreServiceConfig) -> serve.Application:
     return deployment(ScoreService).bind(config)
 
 
-def _deployed(name: str) -> ScoreServiceConfig | None:
-    """The config that application ``name`` runs with, None when it does not run."""
+def deployed_score(name: str) -> ScoreServiceConfig | None:
+    """The config of the score that application ``name`` serves, None when it does not run.
+
+    Raises ConfigError for an application that serves no score, RetryableError for no answer.
+    """
     if _status(name) != "RUNNING":
         return None
     try:

@@ -168,8 +168,8 @@ def promote(
     print(registry.promote(name, version, evidence=evidence, force_reason=reason).line)
 
 
-def _registry(single_node: bool) -> "AgentRegistry":
-    from mara_rl.tracking.registry import AgentRegistry
+def registry_uri(single_node: bool) -> str:
+    """Where MLflow is. Raises ConfigError in a cluster where only this machine would know."""
     from mara_rl.tracking.store import tracking_uri
 
     # Ray sets RAY_ADDRESS inside jobs: a registry of one node would be lost on the cluster.
@@ -179,7 +179,13 @@ def _registry(single_node: bool) -> "AgentRegistry":
             "MLFLOW_TRACKING_URI is not set, but RAY_ADDRESS is: expected an MLflow server that "
             "the whole cluster reaches (--single-node: use the registry of this machine alone)"
         )
-    return AgentRegistry(tracking_uri(allow_local=True))
+    return tracking_uri(allow_local=True)
+
+
+def _registry(single_node: bool) -> "AgentRegistry":
+    from mara_rl.tracking.registry import AgentRegistry
+
+    return AgentRegistry(registry_uri(single_node))
 
 
 def _spec_rows(spec: "AgentSpec") -> list[tuple[str, str]]:

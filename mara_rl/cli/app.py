@@ -4,7 +4,7 @@ import sys
 
 import typer
 
-from mara_rl.cli import agents, doctor, generate, prompts, rewards, serve, status, train
+from mara_rl.cli import agents, doctor, evaluate, generate, prompts, rewards, serve, status, train
 from mara_rl.errors import MaraError
 
 app = typer.Typer(
@@ -15,6 +15,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(train.train)
+app.command()(evaluate.evaluate)
 app.command()(generate.generate)
 app.command()(serve.serve)
 app.command()(status.status)

@@ -199,7 +199,7 @@ def _hub_model(name: str, shipped: str) -> str:
 
 
 def _prompts(name: str, split: Literal["train", "heldout"]) -> str:
-    from mara_rl.training.prompt_sets import load_prompts
+    from services.prompt_files import load_prompts
 
     return f"{len(load_prompts(name, split))}, {name}"
 

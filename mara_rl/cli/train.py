@@ -31,9 +31,9 @@ def train(
     """Train an agent: warm start, PPO, held-out comparison, registry."""
     from rich.console import Console
 
+    from mara_rl.display import Display
     from mara_rl.errors import MaraError
     from mara_rl.training.config import load_config
-    from mara_rl.training.display import Display
     from mara_rl.training.run_folder import RunFolder, remove_folder
 
     if (config is None) == (resume is None):

@@ -37,6 +37,7 @@ class DecodedAnswer:
         prompt: the prompt answered.
         text: the answer, special tokens left out, cut before a stop text; complete at the end.
         token_ids: its tokens, an end-of-turn token included.
+        choices: index of each token in its position's candidates: 0 is the LLM's first choice.
         finish_reason: "stop" (an end token or stop text), "length", "cancelled", or "failed" where
             the LLM's hidden state was not finite.
         examined: candidates that looking at one after the other would have needed.
@@ -52,6 +53,7 @@ class DecodedAnswer:
     prompt: str
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
+    choices: list[int] = field(default_factory=list)
     finish_reason: FinishReason = ""
     examined: int = 0
     looked: int = 0

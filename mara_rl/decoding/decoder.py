@@ -372,6 +372,7 @@ class Decoder:
         answer = running.answer
         answer.examined += examined
         answer.kl += kl
+        answer.choices.append(choice)
         if answer.trace is not None:
             answer.trace.append(self._trace(slot, choice))
         running.choice = choice

@@ -193,6 +193,11 @@ class AgentRegistry:
         forced = f" (forced: {force_reason.strip()})" if force_reason else ""
         return PromotionResult(True, f"{name} version {version} is champion{before}{forced}")
 
+    def tag(self, name: str, version: int, tags: Mapping[str, str]) -> None:
+        """Set tags of a version."""
+        with mlflow_calls(self.uri):
+            self._tag(name, version, tags)
+
     def _tag(self, name: str, version: int, tags: Mapping[str, str]) -> None:
         for key, value in tags.items():
             self._client.set_model_version_tag(name, str(version), key, value)

@@ -10,9 +10,9 @@ from envs.protocols import Scorer
 from envs.reward import RewardSpec
 from mara_rl.agent import AcceptNetwork, Agent, AgentSpec
 from mara_rl.decoding.answer import DecodedAnswer
+from mara_rl.display import Display, Phase
 from mara_rl.errors import DataError
 from mara_rl.training.config import TrainConfig, WarmStartConfig
-from mara_rl.training.display import Display, Phase
 from mara_rl.training.rollout_group import RolloutGroup, derived_seed
 from mara_rl.training.token_credit import BaseAnswer
 from mara_rl.training.value_warm_start import fit_value, lean, total_epochs

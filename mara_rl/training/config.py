@@ -3,25 +3,17 @@
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from envs.observation import StateDType
 from mara_rl.agent import AgentSpec, Fallback, Head, Rule
 from mara_rl.errors import ConfigError, first_problem
 from mara_rl.policy_llm import DType
+from mara_rl.yaml_settings import NAME_PATTERN, Section, read_settings
 from services.replica_config import CustomResources
 from services.score_service import ScoreServiceConfig
-
-NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-
-
-class Section(BaseModel):
-    """A part of the config: unknown keys are refused, values are fixed once read."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class LLMConfig(Section):
@@ -260,37 +252,8 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> TrainConfig
     else:
         known = ", ".join(preset_names())
         raise ConfigError(f"config {name_or_path!r}: neither a preset ({known}) nor a file")
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"config {name_or_path!r}: not YAML: {_one_line(error)}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"config {name_or_path!r}: expected a mapping of settings")
-    for override in overrides:
-        _override(values, override)
+    values = read_settings(text, f"config {name_or_path!r}", overrides)
     try:
         return TrainConfig.model_validate(values)
     except ValidationError as error:
         raise ConfigError(f"config {name_or_path!r}: {first_problem(error)}") from error
-
-
-def _override(values: dict[str, Any], override: str) -> None:
-    path, equals, text = override.partition("=")
-    if not equals or not path:
-        raise ConfigError(f"--set {override!r}: expected key=value, e.g. ppo.kl_coeff=0.1")
-    *parents, last = path.split(".")
-    section: Any = values
-    for parent in parents:
-        if section.get(parent) is None:
-            section[parent] = {}
-        section = section[parent]
-        if not isinstance(section, dict):
-            raise ConfigError(f"--set {override!r}: {parent!r} is a value, not a section")
-    try:
-        section[last] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override!r}: value is not YAML: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -7,6 +7,7 @@ import numpy as np
 
 from mara_rl.agent import Agent
 from mara_rl.decoding.answer import DecodedAnswer
+from mara_rl.display import Display, Phase
 from mara_rl.evaluation.comparison import JudgedAnswers, rates
 from mara_rl.evaluation.heldout import HeldoutResult, compare_heldout, report, save_heldout
 from mara_rl.score_models.loading import load_score_model
@@ -15,7 +16,6 @@ from mara_rl.tracking.registry import AgentRegistry, model_name_for, source_tags
 from mara_rl.tracking.run import TrackingRun
 from mara_rl.training.base_phase import score_in_batches
 from mara_rl.training.config import EvaluationConfig, TrainConfig
-from mara_rl.training.display import Display, Phase
 from mara_rl.training.rollout_group import RolloutGroup, derived_seed
 from mara_rl.training.run_folder import RunFolder
 from mara_rl.training.session import Session

@@ -6,11 +6,11 @@ from typing import Any
 
 from ray.exceptions import RayError
 
+from mara_rl.display import Display
 from mara_rl.errors import RetryableError
 from mara_rl.tracking.run import TrackingRun
 from mara_rl.training.checkpoint import TrainState, save_checkpoint
 from mara_rl.training.config import TrainConfig
-from mara_rl.training.display import Display
 from mara_rl.training.learner_weights import LearnerWeights
 from mara_rl.training.lost_part import LostPart
 from mara_rl.training.rollout_group import RolloutGroup

@@ -1,24 +1,9 @@
-"""The prompts a run trains on and the held-out ones it is measured on."""
+"""Prompts that fit the LLM of a run."""
 
-from pathlib import Path
-from typing import Literal
-
+from mara_rl.display import Display
 from mara_rl.errors import DataError
-from mara_rl.training.display import Display
 from mara_rl.training.rollout_group import RolloutGroup
-from services.prompt_files import PromptRecord, read_prompts
-
-
-def load_prompts(name: str, split: Literal["train", "heldout"]) -> list[PromptRecord]:
-    """The packaged prompts of a split (``packaged``), or those of a file."""
-    if name != "packaged":
-        return read_prompts(Path(name))
-    from mara_rl.prompts import packaged_prompts
-
-    return [
-        PromptRecord(p.id, p.prompt, {"kind": p.kind, "category": p.category})
-        for p in packaged_prompts(split)
-    ]
+from services.prompt_files import PromptRecord
 
 
 def fitting_prompts(

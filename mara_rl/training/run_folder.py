@@ -12,10 +12,12 @@ from pathlib import Path
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from mara_rl.errors import ConfigError, DataError
+from mara_rl.atomic_write import write_atomically
+from mara_rl.errors import ConfigError
 from mara_rl.home import mara_home
 from mara_rl.tracking.flat_values import flat_params
-from mara_rl.training.config import NAME_PATTERN, TrainConfig, load_config
+from mara_rl.training.config import TrainConfig, load_config
+from mara_rl.yaml_settings import NAME_PATTERN
 
 _LOCK = "lock"
 _OUTCOME = "outcome.json"
@@ -174,18 +176,6 @@ def _first_difference(before: TrainConfig, now: TrainConfig) -> str:
     old, new = (flat_params(config.model_dump(mode="json")) for config in (before, now))
     keys = [key for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)]
     return f"{keys[0]} {old.get(keys[0])}, not {new.get(keys[0])}" if keys else "a long value"
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file whole or not at all. Raises DataError when it cannot (a full disk)."""
-    descriptor, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(scratch, path)
-    except OSError as error:
-        os.unlink(scratch)
-        raise DataError(f"{path}: could not be written: {error.strerror}") from error
 
 
 def remove_folder(path: Path) -> None:

@@ -15,6 +15,7 @@ from envs.reward import RewardSpec
 from mara_rl import __version__
 from mara_rl.agent import AgentSpec
 from mara_rl.agent_files import save_agent
+from mara_rl.display import Display
 from mara_rl.errors import DataError, RetryableError
 from mara_rl.policy_llm import llm_hidden_size
 from mara_rl.preference import result_line
@@ -23,18 +24,17 @@ from mara_rl.tracking.run import TrackingRun
 from mara_rl.training.base_phase import BasePhase, run_base_phase
 from mara_rl.training.checkpoint import TrainState, load_newest_checkpoint
 from mara_rl.training.config import TrainConfig
-from mara_rl.training.display import Display
 from mara_rl.training.final_phase import HeldoutEvaluation, register
 from mara_rl.training.learner_weights import LearnerWeights
 from mara_rl.training.lost_part import LostPart
 from mara_rl.training.ppo import build_algorithm
 from mara_rl.training.ppo_phase import PPOPhase
-from mara_rl.training.prompt_sets import fitting_prompts, load_prompts
+from mara_rl.training.prompt_sets import fitting_prompts
 from mara_rl.training.rollout_group import RolloutGroup, derived_seed, seed_everything
 from mara_rl.training.run_folder import RunFolder, RunOutcome, remove_folder
 from mara_rl.training.run_names import EXPERIMENT, queue_name
 from mara_rl.training.session import Session, training_session
-from services.prompt_files import PromptRecord
+from services.prompt_files import PromptRecord, load_prompts
 from services.prompt_queue import PromptQueue
 from services.prompt_source import PromptSourceConfig
 from services.redis_server import redis_errors

@@ -353,6 +353,7 @@ def test_a_trace_says_why_each_token_was_taken(tiny_llm: PolicyLLM) -> None:
     agent = random_agent(tiny_llm, "relative", top_k=6, top_p=0.95)
     answer = decode(tiny_llm, PROMPTS[:1], agents=(agent,), rule="argmax_induced", trace=True)[0]
     assert len(answer.trace) == len(answer.token_ids)
+    assert answer.choices == [step.choice for step in answer.trace]
     for token_id, step in zip(answer.token_ids, answer.trace, strict=True):
         seen = [c for c in step.candidates if c.induced_prob is not None]
         assert step.candidates[step.choice].token_id == token_id

@@ -11,11 +11,11 @@ import redis
 from ray.exceptions import ActorDiedError
 from rich.console import Console
 
+from mara_rl.display import Display
 from mara_rl.errors import RetryableError
 from mara_rl.training import ppo_phase
 from mara_rl.training.checkpoint import TrainState, load_newest_checkpoint
 from mara_rl.training.config import load_config
-from mara_rl.training.display import Display
 from mara_rl.training.lost_part import LostPart
 from mara_rl.training.ppo_phase import PPOPhase
 from mara_rl.training.run_folder import RunFolder

@@ -1,0 +1,93 @@
+"""The figures on the terminal: one table a judge, what to be wary of, and the result line."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from mara_rl.display import Display
+from mara_rl.preference import PreferenceRate, result_line
+
+
+def show(figures: Mapping[str, Any], display: Display) -> None:
+    """Print everything a person needs to judge the outcome; the result line comes last, once."""
+    for judge, about in figures["judges"].items():
+        display.console.print(_table(figures, judge, about), markup=False)
+    for row in figures["published"]:
+        rate = row["measured"]
+        display.line(
+            f"{row['method']} over {row['against']} on {row['prompt_set']}: "
+            f"{points(rate)} measured, {row['published']:+.2f} published ({row['source']})"
+        )
+    for line in warnings(figures):
+        display.line(f"warning: {line}")
+    if figures["result"] is not None:
+        display.line(result_line(rate_of(figures["result"])))
+
+
+def warnings(figures: Mapping[str, Any]) -> list[str]:
+    """What a reader must know before trusting the figures."""
+    prompts = figures["prompts"]
+    lines = [f"{name}: {text}" for name, text in figures["flags"].items()]
+    if prompts["seen_in_training"] and not prompts["seen_were_dropped"]:
+        lines.append(
+            f"{len(prompts['seen_in_training'])} of {prompts['n']} prompts were seen in training"
+        )
+    if prompts["n"] < 30:
+        lines.append(f"{prompts['n']} prompts are too few to conclude anything from")
+    if all(judge["training"] for judge in figures["judges"].values()):
+        lines.append("every judge was a training reward: gains may be those of pleasing it alone")
+    return lines
+
+
+def rate_of(found: Mapping[str, Any]) -> PreferenceRate:
+    """A rate of the summary as the one the result line is made of."""
+    return PreferenceRate(
+        rate=found["rate"],
+        low=found["low"],
+        high=found["high"],
+        n=found["n"],
+        wins=found["won"],
+        losses=found["lost"],
+        ties=found["n"] - found["won"] - found["lost"],
+    )
+
+
+def points(rate: Mapping[str, Any]) -> str:
+    """``+34.0 [+21.0, +47.0]``."""
+    return f"{rate['rate']:+.1f} [{rate['low']:+.1f}, {rate['high']:+.1f}]"
+
+
+def _table(figures: Mapping[str, Any], judge: str, about: Mapping[str, Any]) -> Table:
+    role = "was a training reward" if about["training"] else "was not a training reward"
+    table = Table(
+        title=f"judge {judge} ({role}): net rates over {figures['baseline']}, points",
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        pad_edge=False,
+    )
+    table.add_column("method", overflow="fold")
+    for name in ("both axes", "helpful", "harmless", "reward", "safe", "refused", "KL", "forwards"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for name, method in figures["methods"].items():
+        versus = method["versus_baseline"].get(judge)
+        decoding = method["decoding"]
+        table.add_row(
+            name + (" (!)" if method["flag"] else ""),
+            points(versus["both"]) if versus else "baseline",
+            f"{versus['helpful']['rate']:+.1f}" if versus else "",
+            f"{versus['harmless']['rate']:+.1f}" if versus else "",
+            f"{versus['difference']['weighted']['value']:+.2f}" if versus else "",
+            f"{method['judges'][judge]['safe_share']['value']:.0%}",
+            f"{method['answers']['refusal_share']:.0%}",
+            _optional(decoding.get("kl_per_token"), 3),
+            _optional(decoding.get("forwards_per_token"), 2),
+        )
+    return table
+
+
+def _optional(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"

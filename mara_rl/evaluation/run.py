@@ -1,0 +1,194 @@
+"""An evaluation from plan to folder: answers, scores, figures, report."""
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mara_rl import __version__
+from mara_rl.agent import Agent
+from mara_rl.agent_files import agent_sha256
+from mara_rl.atomic_write import write_atomically
+from mara_rl.display import Display
+from mara_rl.errors import DataError
+from mara_rl.evaluation.answers import write_answers
+from mara_rl.evaluation.examples import chosen_examples
+from mara_rl.evaluation.figures import best_of_groups
+from mara_rl.evaluation.generation import Generation, Table
+from mara_rl.evaluation.inputs import claim, plan_inputs
+from mara_rl.evaluation.judging import Judging, ScoreSource, score_sources
+from mara_rl.evaluation.plan import AXES, AgentMethod, BestOfMethod, EvaluationPlan
+from mara_rl.evaluation.prompt_set import PromptSet, load_prompt_set
+from mara_rl.evaluation.published import published_beside, published_set
+from mara_rl.evaluation.report import write_report
+from mara_rl.evaluation.score_cache import ScoreCache
+from mara_rl.evaluation.summary import Judged, baseline_scales, summary
+from mara_rl.home import mara_home
+
+ANSWERS = "answers"
+SCORES = "scores.jsonl"
+SUMMARY = "summary.json"
+REPORT = "report.html"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A finished evaluation."""
+
+    plan: EvaluationPlan
+    folder: Path
+    judged: Judged
+    summary: dict[str, Any]
+
+
+def evaluate(
+    plan: EvaluationPlan,
+    agents: Mapping[str, Agent],
+    folder: Path,
+    display: Display,
+    *,
+    command: str,
+) -> Evaluation:
+    """Make, score and compare the answers of a plan, or go on where an earlier call ended.
+
+    ``agents`` holds the agent of every method that has one. The folder gets ``answers/`` (a jsonl
+    file a method), ``scores.jsonl``, ``summary.json`` and ``report.html``.
+
+    Raises ConfigError and DataError with one line each; what was made by then stays.
+    """
+    published_set(plan)  # a wrong name ends this now, not after hours
+    prompts = load_prompt_set(plan)
+    with contextlib.ExitStack() as stack:
+        if any(judge.serve for judge in plan.judges.values()):
+            from services.ray_session import ray_session
+
+            stack.enter_context(ray_session())
+        sources = score_sources(plan)
+        if claim(folder, plan_inputs(plan, prompts, agents)):
+            display.line(f"going on in {folder}")
+        (folder / ANSWERS).mkdir(exist_ok=True)
+        display.line(_about(prompts))
+        tables = Generation(plan, prompts, agents, folder / ANSWERS, display).run()
+        cache = stack.enter_context(ScoreCache(mara_home() / "cache" / "scores.sqlite"))
+        judged = _judge(plan, prompts, tables, Judging(prompts, sources, cache, display), folder)
+    with display.phase("figures and report", total=1):
+        figures = summary(judged)
+        figures["judges"] = _judges(plan, sources)
+        figures["published"] = published_beside(plan, agents, figures)
+        figures["examples"] = (
+            {plan.tested: chosen_examples(judged, plan.tested)} if plan.tested else {}
+        )
+        figures["provenance"] = {
+            "command": command,
+            "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "mara_rl": __version__,
+            "plan": plan.model_dump(mode="json"),
+            "inputs": json.loads((folder / "inputs.json").read_text(encoding="utf-8")),
+            "agents": {
+                name: {**agent.spec.model_dump(), "sha256": agent_sha256(agent)}
+                for name, agent in agents.items()
+            },
+        }
+        _write_scores(folder / SCORES, judged)
+        text = json.dumps(figures, indent=2, ensure_ascii=False, allow_nan=False)
+        write_atomically(folder / SUMMARY, text + "\n")
+        write_report(folder / REPORT, figures, judged)
+    return Evaluation(plan, folder, judged, figures)
+
+
+def _about(prompts: PromptSet) -> str:
+    parts = [f"{len(prompts.prompts)} prompts"]
+    if prompts.duplicates:
+        parts.append(f"{prompts.duplicates} duplicates dropped")
+    if prompts.seen:
+        what = "dropped" if prompts.dropped_seen else "kept: see --drop-seen"
+        parts.append(f"{len(prompts.seen)} seen in training ({what})")
+    return ", ".join(parts)
+
+
+def _judge(
+    plan: EvaluationPlan,
+    prompts: PromptSet,
+    tables: dict[str, Table],
+    judging: Judging,
+    folder: Path,
+) -> Judged:
+    """Score all answers; those of best_of methods are chosen among scored ones on the way."""
+    scores = {name: judging.scores(name, tables) for name in plan.judges}
+    scales = {name: baseline_scales(plan, found) for name, found in scores.items()}
+    chosen = {n: m for n, m in plan.methods.items() if isinstance(m, BestOfMethod)}
+    judged = Judged(plan, prompts, tables, scores, scales)
+    for name, method in chosen.items():
+        training = [judged.weighted(judge, method.of) for judge in plan.training_judges]
+        weighted = np.sum(training, axis=0)
+        best = best_of_groups(weighted, method.n)  # (N, R // n)
+        tables[name] = [
+            [
+                row[int(place)].model_copy(update={"replicate": number})
+                for number, place in enumerate(places)
+            ]
+            for row, places in zip(tables[method.of], best, strict=True)
+        ]
+        write_answers(folder / ANSWERS / f"{name}.jsonl", tables[name])
+    if chosen:
+        scores = {name: judging.scores(name, tables) for name in plan.judges}
+    return Judged(plan, prompts, {n: tables[n] for n in plan.methods}, scores, scales)
+
+
+def _judges(
+    plan: EvaluationPlan, sources: Mapping[tuple[str, str], ScoreSource]
+) -> dict[str, dict[str, Any]]:
+    return {
+        name: judge.model_dump(mode="json")
+        | {f"{axis}_sha256": sources[name, axis].sha256 for axis in AXES}
+        for name, judge in plan.judges.items()
+    }
+
+
+def _write_scores(path: Path, judged: Judged) -> None:
+    """One line an answer: method, id, replicate, and its scores by judge."""
+    lines = []
+    for method, table in judged.tables.items():
+        for row, answers in enumerate(table):
+            for number, answer in enumerate(answers):
+                lines.append(
+                    json.dumps(
+                        {
+                            "method": method,
+                            "id": answer.id,
+                            "replicate": number,
+                            "scores": {
+                                judge: {
+                                    axis: float(values[row, number])
+                                    for axis, values in by_method[method].items()
+                                }
+                                for judge, by_method in judged.scores.items()
+                            },
+                        },
+                        ensure_ascii=False,
+                    )
+                )
+    write_atomically(path, "".join(line + "\n" for line in lines))
+
+
+def check_agents(plan: EvaluationPlan, agents: Mapping[str, Agent]) -> None:
+    """Refuse agents that do not fit their LLM before anything is decoded.
+
+    Raises DataError naming the method.
+    """
+    from mara_rl.policy_llm import llm_hidden_size
+
+    for name, method in plan.methods.items():
+        if isinstance(method, AgentMethod):
+            llm = plan.llm_of(method)
+            try:
+                agents[name].spec.check_llm(
+                    llm, llm_hidden_size(llm), allow_other_llm=method.allow_other_llm
+                )
+            except DataError as error:
+                raise DataError(f"method {name!r}: {error}") from error

@@ -1,0 +1,71 @@
+"""Scores by what was scored and by which model, in one SQLite file."""
+
+import hashlib
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from mara_rl.errors import DataError
+
+_WAIT_S = 60.0  # for another process's write
+_PER_QUERY = 500
+
+
+class ScoreCache:
+    """Scores that outlive a command; several processes may use one file."""
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._path = path
+        try:
+            self._db = sqlite3.connect(path, timeout=_WAIT_S)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute(
+                "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, score REAL) WITHOUT ROWID"
+            )
+        except sqlite3.Error as error:
+            raise DataError(f"score cache {path}: {error}; remove it to begin anew") from error
+
+    def get(self, model: str, pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], float]:
+        """The scores known of (prompt, answer) pairs; ``model`` says which model, files and all."""
+        keys = {_key(model, pair): pair for pair in pairs}
+        found: dict[tuple[str, str], float] = {}
+        for some in _chunks(list(keys)):
+            marks = ",".join("?" * len(some))
+            rows = self._db.execute(f"SELECT key, score FROM scores WHERE key IN ({marks})", some)
+            found |= {keys[bytes(key)]: score for key, score in rows}
+        return found
+
+    def put(self, model: str, scores: Mapping[tuple[str, str], float]) -> None:
+        """Keep scores; they are on disk when this returns."""
+        rows = [(_key(model, pair), score) for pair, score in scores.items()]
+        try:
+            with self._db:
+                self._db.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", rows)
+        except sqlite3.Error as error:
+            raise DataError(f"score cache {self._path}: {error}") from error
+
+    def __enter__(self) -> "ScoreCache":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._db.close()
+
+
+def _key(model: str, pair: tuple[str, str]) -> bytes:
+    digest = hashlib.sha256()
+    for part in (model, *pair):
+        content = part.encode("utf-8", "surrogatepass")
+        digest.update(len(content).to_bytes(8, "big") + content)
+    return digest.digest()
+
+
+def _chunks(keys: Sequence[bytes]) -> Iterable[Sequence[bytes]]:
+    for first in range(0, len(keys), _PER_QUERY):
+        yield keys[first : first + _PER_QUERY]

@@ -1,0 +1,100 @@
+import json
+
+import pytest
+
+from mara_rl.errors import DataError
+from mara_rl.evaluation.answers import Answer, AnswerFile, read_foreign_answers, write_answers
+from services.prompt_files import PromptRecord
+
+PROMPTS = [PromptRecord("a", "What is rain?"), PromptRecord("b", "How are you?")]
+
+
+def answer(name: str, replicate: int = 0) -> Answer:
+    return Answer(id=name, replicate=replicate, text=f"{name}\u2028{replicate}\r\n", kl=0.5)
+
+
+def test_what_was_appended_is_read_back(tmp_path):
+    path = tmp_path / "m.jsonl"
+    with AnswerFile(path) as file:
+        file.append(answer("a"))
+    with AnswerFile(path) as file:
+        assert file.done == {("a", 0): answer("a")}
+        file.append(answer("b"))
+        assert file.table(["b", "a"], 1) == [[answer("b")], [answer("a")]]
+    before = path.read_bytes()
+    write_answers(path, [[answer("a")], [answer("b")]])
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("keep", [1, 10, -1])
+def test_a_torn_last_line_is_cut_off(tmp_path, keep):
+    path = tmp_path / "m.jsonl"
+    with AnswerFile(path) as file:
+        file.append(answer("a"))
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:keep])
+    with AnswerFile(path) as file:
+        assert list(file.done) == [("a", 0)]
+        file.append(answer("b"))
+    assert len(path.read_text().splitlines()) >= 2
+    assert list(AnswerFile(path).done) == [("a", 0), ("b", 0)]
+
+
+def test_a_spoilt_line_is_named(tmp_path):
+    path = tmp_path / "m.jsonl"
+    path.write_text('{"id": "a", "replicate": 0}\n')
+    with pytest.raises(DataError, match=r"m.jsonl, line 1: text: missing"):
+        AnswerFile(path)
+
+
+def foreign(tmp_path, rows, name="x.jsonl") -> str:
+    path = tmp_path / name
+    lines = "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_text(json.dumps(rows) if name.endswith(".json") else lines)
+    return str(path)
+
+
+def test_answers_made_elsewhere_are_joined_by_id_or_prompt(tmp_path):
+    rows = [
+        {"id": "b", "text": "Fine."},
+        {"instruction": "What is rain?", "output": "Water."},
+        {"prompt": "What is rain?", "id": "a", "answer": "Drops."},
+        {"id": "b", "response": "Well."},
+    ]
+    for name in ("x.jsonl", "x.json"):
+        table = read_foreign_answers(foreign(tmp_path, rows, name), PROMPTS)
+        assert [[a.text for a in row] for row in table] == [
+            ["Water.", "Drops."],
+            ["Fine.", "Well."],
+        ]
+        assert [a.replicate for a in table[0]] == [0, 1]
+
+
+A, B = {"id": "a", "text": "x"}, {"id": "b", "text": "y"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "no answers in it"),
+        ([A, {"id": "c", "text": "z"}], "line 2: id 'c' is none of the 2 prompts"),
+        ([A, {"prompt": "Hm?", "text": "z"}], r"line 2: prompt 'Hm\?'… is none of the 2"),
+        ([A, {"id": "b", "prompt": "Hm?", "text": "z"}], r"line 2: prompt .* not that of id 'b'"),
+        ([A, {"text": "z"}], "line 2: neither id nor prompt"),
+        ([A, {"id": "b"}], "line 2: no answer text"),
+        ([A], "no answer to 1 of 2 prompts .*'b'"),
+        ([A, B, A], "1 to 2 answers a prompt"),
+        ([A, 3], "line 2: expected an object"),
+    ],
+)
+def test_answers_of_another_prompt_set_are_refused(tmp_path, rows, message):
+    with pytest.raises(DataError, match=message):
+        read_foreign_answers(foreign(tmp_path, rows), PROMPTS)
+
+
+def test_a_file_that_is_missing_or_no_json(tmp_path):
+    with pytest.raises(DataError, match="no such file"):
+        read_foreign_answers(str(tmp_path / "none"), PROMPTS)
+    (tmp_path / "bad.jsonl").write_text("{")
+    with pytest.raises(DataError, match="line 1: not JSON"):
+        read_foreign_answers(str(tmp_path / "bad.jsonl"), PROMPTS)
