@@ -155,7 +155,7 @@ class PPOPhase:
         return figures
 
     def _replace_silent_runners(self) -> None:
-        dropped = self._algorithm.env_runner_group.num_env_runners_dropped_lifetime
+        dropped = self._algorithm.env_runner_group.num_env_runners_dropped_lifetime()
         if dropped == self._dropped_replies:
             return
         self._dropped_replies = dropped

@@ -1,7 +1,9 @@
 """What the driver asks of the rollout actors beside PPO's sampling: answers, and barriers."""
 
 import functools
+import os
 import random
+import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
 from mara_rl.agent import Agent, AgentSpec, Rule
@@ -168,7 +171,7 @@ class RolloutGroup:
         silent = [i for i in self._group.healthy_env_runner_ids() if i not in answering]
         for number in silent:
             manager = self._group._worker_manager  # RLlib offers no other way to replace one
-            ray.kill(manager.actors()[number], no_restart=False)
+            _kill_process(manager.actors()[number])
             manager.set_actor_state(number, healthy=False)
         return silent
 
@@ -207,6 +210,19 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+
+
+def _kill_process(actor: Any) -> None:
+    """SIGKILL, from the actor's own node: `ray.kill` asks the process to end, which hangs."""
+    info = ray._private.state.actors(actor._actor_id.hex())
+    where = NodeAffinitySchedulingStrategy(info["Address"]["NodeID"], soft=False)
+    kill: Any = _sigkill  # a function to type checkers
+    kill.options(scheduling_strategy=where).remote(info["Pid"])
+
+
+@ray.remote(num_cpus=0)
+def _sigkill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
 
 
 def _seed_learner(learner: Any, seed: int) -> None:

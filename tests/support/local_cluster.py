@@ -108,7 +108,8 @@ def ray_head(
         command += [f"--num-cpus={num_cpus}", "--num-gpus=0"]
         command += ["--min-worker-port=0", "--max-worker-port=0"]
         with process(command, folder / "ray.log", environment) as head:
-            probe = [BIN / "ray", "job", "list"]
+            # The dashboard answers before there is an agent that takes jobs.
+            probe = [BIN / "ray", "job", "submit", "--no-wait", "--", "true"]
             await_ready(
                 lambda: (
                     subprocess.run(

@@ -29,7 +29,7 @@ class FakeAlgorithm:
     def __init__(self, *outcomes: Any) -> None:
         self.outcomes = list(outcomes)
         self.env_runner_group = SimpleNamespace(
-            num_healthy_remote_workers=lambda: 0, num_env_runners_dropped_lifetime=0
+            num_healthy_remote_workers=lambda: 0, num_env_runners_dropped_lifetime=lambda: 0
         )
 
     def train(self) -> dict[str, Any]:
@@ -105,6 +105,19 @@ def test_a_dead_learner_and_a_failed_one_send_the_run_back() -> None:
     phase = phase_of(FakeAlgorithm(ActorDiedError()), io.StringIO())
     with pytest.raises(LostPart, match="the learner failed: "):
         phase.run(check_interrupt=lambda: None)
+
+
+def test_actors_that_bring_no_sample_in_time_are_replaced_each_time() -> None:
+    out = io.StringIO()
+    algorithm = FakeAlgorithm({})
+    phase = phase_of(algorithm, out)
+    asked = []
+    phase._runners = SimpleNamespace(replace_silent=lambda: asked.append(1) or [2])
+    for dropped in (0, 1, 1, 2):
+        algorithm.env_runner_group.num_env_runners_dropped_lifetime = lambda n=dropped: n
+        phase._iterate()
+    assert len(asked) == 2
+    assert out.getvalue().count("rollout actor 2 gave no sample for 1800 s") == 2
 
 
 def test_a_lost_queue_sends_the_run_back_with_what_tells_duplicates(
