@@ -21,12 +21,12 @@ quickstart: setup
 	$(BIN)/mara-rl train quickstart
 
 test: setup
-	$(BIN)/pytest
+	$(BIN)/pytest -m 'not cluster'
 
 test-fast: setup
-	$(BIN)/pytest -m 'not slow'
+	$(BIN)/pytest -m 'not slow and not cluster'
 
-test-cluster: setup  # Ray with a token, Redis with TLS, MLflow: needs redis-server
+test-cluster: setup  # kills parts of real runs; submits jobs to a Ray of its own: needs redis-server
 	$(BIN)/pytest -m cluster
 
 lint: setup
