@@ -165,11 +165,14 @@ class TrainingProcess:
 
         What else it started on this machine ends by itself, save for Redis.
         """
-        running = self._all()
+        ray = []
+        for process in self._all():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if "redis-server" not in process.name():
+                    ray.append(process)
         at = time.time()
         os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        ray = [process for process in running if "redis-server" not in process.name()]
         _, alive = psutil.wait_procs(ray, timeout=30)
         assert not alive, alive
         return at
