@@ -1,6 +1,8 @@
 """Settings as people write them: YAML with ``a.b=c`` overrides."""
 
 from collections.abc import Hashable, Sequence
+from importlib.resources.abc import Traversable
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -16,6 +18,23 @@ class Section(BaseModel):
     """A part of settings: unknown keys are refused, values are fixed once read."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def names_in(presets: Traversable) -> list[str]:
+    """Names of the YAML files in a folder of the package."""
+    return sorted(
+        p.name.removesuffix(".yaml") for p in presets.iterdir() if p.name.endswith(".yaml")
+    )
+
+
+def preset_or_file(kind: str, name_or_path: str, presets: Traversable) -> str:
+    """The text of a preset by name, or of a file. Raises ConfigError where it is neither."""
+    if name_or_path in names_in(presets):
+        return (presets / f"{name_or_path}.yaml").read_text(encoding="utf-8")
+    if Path(name_or_path).is_file():
+        return Path(name_or_path).read_text(encoding="utf-8")
+    known = ", ".join(names_in(presets))
+    raise ConfigError(f"{kind} {name_or_path!r}: neither a preset ({known}) nor a file")
 
 
 def read_settings(text: str, name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -20,7 +20,7 @@ _WIDTH = 100  # of tables in files and pipes
 
 def evaluate(
     plan: Annotated[
-        str | None, typer.Argument(help="A preset (paper-protocol) or a YAML plan.")
+        str | None, typer.Argument(help="A preset (quickstart, paper-protocol) or a YAML plan.")
     ] = None,
     agents: Annotated[
         list[str] | None,

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -11,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from mara_rl.agent import Rule
 from mara_rl.errors import ConfigError, first_problem
 from mara_rl.policy_llm import SMOLLM2, DType
-from mara_rl.yaml_settings import NAME_PATTERN, Section, read_settings
+from mara_rl.yaml_settings import NAME_PATTERN, Section, names_in, preset_or_file, read_settings
 from services.prompt_files import PACKAGED
 
 AXES = ("reward", "cost")
@@ -224,22 +223,12 @@ PRESETS = resources.files("mara_rl.evaluation") / "presets"
 
 def preset_names() -> list[str]:
     """The plans the package ships."""
-    return sorted(
-        p.name.removesuffix(".yaml") for p in PRESETS.iterdir() if p.name.endswith(".yaml")
-    )
+    return names_in(PRESETS)
 
 
 def read_plan(name_or_path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
     """A preset or YAML file, or nothing, with overrides; not yet checked. Raises ConfigError."""
-    if name_or_path is None:
-        text = "{}"
-    elif name_or_path in preset_names():
-        text = (PRESETS / f"{name_or_path}.yaml").read_text(encoding="utf-8")
-    elif Path(name_or_path).is_file():
-        text = Path(name_or_path).read_text(encoding="utf-8")
-    else:
-        known = ", ".join(preset_names())
-        raise ConfigError(f"plan {name_or_path!r}: neither a preset ({known}) nor a file")
+    text = "{}" if name_or_path is None else preset_or_file("plan", name_or_path, PRESETS)
     return read_settings(text, f"plan {name_or_path!r}", overrides)
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from importlib import resources
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError, model_validator
@@ -11,7 +10,7 @@ from envs.observation import StateDType
 from mara_rl.agent import AgentSpec, Fallback, Head, Rule
 from mara_rl.errors import ConfigError, first_problem
 from mara_rl.policy_llm import DType
-from mara_rl.yaml_settings import NAME_PATTERN, Section, read_settings
+from mara_rl.yaml_settings import NAME_PATTERN, Section, names_in, preset_or_file, read_settings
 from services.replica_config import CustomResources
 from services.score_service import ScoreServiceConfig
 
@@ -235,9 +234,7 @@ PRESETS = resources.files("mara_rl.training") / "presets"
 
 def preset_names() -> list[str]:
     """The presets the package ships."""
-    return sorted(
-        p.name.removesuffix(".yaml") for p in PRESETS.iterdir() if p.name.endswith(".yaml")
-    )
+    return names_in(PRESETS)
 
 
 def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> TrainConfig:
@@ -245,13 +242,7 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> TrainConfig
 
     Raises ConfigError, one line, naming the key, its value and what was expected.
     """
-    if name_or_path in preset_names():
-        text = (PRESETS / f"{name_or_path}.yaml").read_text(encoding="utf-8")
-    elif Path(name_or_path).is_file():
-        text = Path(name_or_path).read_text(encoding="utf-8")
-    else:
-        known = ", ".join(preset_names())
-        raise ConfigError(f"config {name_or_path!r}: neither a preset ({known}) nor a file")
+    text = preset_or_file("config", name_or_path, PRESETS)
     values = read_settings(text, f"config {name_or_path!r}", overrides)
     try:
         return TrainConfig.model_validate(values)
