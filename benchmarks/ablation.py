@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from mara_rl.home import mara_home
@@ -27,11 +28,11 @@ VARIANTS = {
 AXES = ("both", "helpful", "harmless")
 
 
-def run(variant: str, seed: int, home: Path) -> Path:
-    """Train and evaluate one variant; the run's folder."""
+def run(sets: Sequence[str], home: Path) -> Path:
+    """Train and evaluate the quickstart with these settings, if that is not done; its folder."""
     folder = home / "quickstart-1"
     if not (folder / "evaluation" / "summary.json").exists():
-        sets = [*VARIANTS[variant], f"seed={seed}", "ppo.minutes=null"]
+        sets = [*sets, "ppo.minutes=null"]
         subprocess.run(
             [
                 str(Path(sys.executable).with_name("mara-rl")),
@@ -71,7 +72,8 @@ def main() -> None:
     for seed in arguments.seeds:
         for variant in arguments.variants:
             home = mara_home() / "ablation" / f"{variant}-{seed}"
-            print(line(variant, seed, run(variant, seed, home)), flush=True)
+            folder = run([*VARIANTS[variant], f"seed={seed}"], home)
+            print(line(variant, seed, folder), flush=True)
 
 
 if __name__ == "__main__":

@@ -48,6 +48,7 @@ class LocalAnswers:
         agent: Agent | None = None,
         rule: Any = None,
         keep_states: bool = False,
+        all_candidates: bool = False,
         seed: int = 0,
         progress: Any = None,
     ) -> list[DecodedAnswer]:
@@ -55,6 +56,8 @@ class LocalAnswers:
             max_new_tokens=self._config.rollouts.max_new_tokens,
             rule=rule,
             keep_states=keep_states,
+            exact=all_candidates,
+            keep_candidates=all_candidates,
             top_k=self._config.candidates.top_k,
             top_p=self._config.candidates.top_p,
         )

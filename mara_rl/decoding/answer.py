@@ -29,6 +29,23 @@ class TokenTrace:
     choice: int
 
 
+@dataclass(frozen=True)
+class CandidateStates:
+    """All candidates of an answer's P positions that had more than one; N candidates together.
+
+    Attributes:
+        positions: which tokens of the answer (P,), int64.
+        counts: candidates of each (P,), int64; they sum to N.
+        probs: the LLM's probabilities of these candidates (N,), float32.
+        states: their hidden states (N, H), float16, CPU.
+    """
+
+    positions: Tensor
+    counts: Tensor
+    probs: Tensor
+    states: Tensor
+
+
 @dataclass
 class DecodedAnswer:
     """One answer, complete once ``finish_reason`` is set.
@@ -47,6 +64,7 @@ class DecodedAnswer:
             0 without an agent.
         states: hidden states (T + 1, H) before each token and after the last, float16, CPU; only
             where asked for.
+        candidates: all candidates of the positions that left a choice; only where asked for.
         trace: one entry a token; only where asked for.
     """
 
@@ -59,6 +77,7 @@ class DecodedAnswer:
     looked: int = 0
     kl: float = 0.0
     states: Tensor | None = None
+    candidates: CandidateStates | None = None
     trace: list[TokenTrace] | None = None
 
 

@@ -375,6 +375,9 @@ class Decoder:
         answer.choices.append(choice)
         if answer.trace is not None:
             answer.trace.append(self._trace(slot, choice))
+        count = int(table.sets.counts[slot])
+        if running.candidates is not None and count > 1:
+            running.keep_candidates(table.sets.probs[slot, :count], table.h[slot, :count])
         running.choice = choice
         token_id = int(table.sets.ids[slot, choice])
         return Growth(answer, token_id, running.grow(token_id))

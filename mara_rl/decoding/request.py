@@ -34,6 +34,9 @@ class DecodeSettings(BaseModel):
     stream: bool = Field(False, description="give text with every token, not only at the end")
     trace: bool = Field(False, description="record what was looked at for every token")
     keep_states: bool = Field(False, description="keep the hidden states along the answer")
+    keep_candidates: bool = Field(
+        False, description="with `exact`: keep all candidates' hidden states and probabilities"
+    )
 
     @classmethod
     def parse(cls, **values: Any) -> "DecodeSettings":
@@ -98,6 +101,8 @@ class DecodeRequest:
                 f"prompt of {len(prompt_ids)} tokens ({prompt[:40]!r}…): with max_new_tokens "
                 f"{settings.max_new_tokens} it exceeds the LLM's context of {llm.context_tokens}"
             )
+        if settings.keep_candidates and not settings.exact:
+            raise ConfigError("keep_candidates: needs `exact`, which looks at all candidates")
         if any(not text for text in settings.stop):
             raise ConfigError("stop: an empty text; expected texts of at least one character")
         if opening and (blend is not None or settings.rule != "sample"):

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mara_rl.decoding.answer import DecodedAnswer, FinishReason
+from mara_rl.decoding.answer import CandidateStates, DecodedAnswer, FinishReason
 from mara_rl.decoding.request import DecodeRequest
 from mara_rl.decoding.rules import UNDECIDED
 from mara_rl.decoding.text_stream import TextStream
@@ -22,6 +22,7 @@ class RunningSequence:
         follows: the leader whose followers are being looked at.
         ended: why the answer is complete; "" while it is not.
         states: hidden states to keep, or None.
+        candidates: (position, probabilities (K), hidden states (K, H)) to keep, or None.
         seen: accept log-odds (K,) of the open set, for the trace.
     """
 
@@ -37,6 +38,9 @@ class RunningSequence:
         self.follows: int | None = None
         self.ended: FinishReason = ""
         self.states: list[Tensor] | None = [] if settings.keep_states else None
+        self.candidates: list[tuple[int, Tensor, Tensor]] | None = (
+            [] if settings.keep_candidates else None
+        )
         self.seen: Tensor | None = None
         self._llm = llm
         self._rng = np.random.default_rng(settings.seed)
@@ -74,12 +78,28 @@ class RunningSequence:
         answer.text = self._stream.text if self._stream else self._llm.text(answer.token_ids)
         if self.states:
             answer.states = torch.stack(self.states)
+        if self.candidates:
+            positions, probs, states = zip(*self.candidates, strict=True)
+            answer.candidates = CandidateStates(
+                positions=torch.tensor(positions),
+                counts=torch.tensor([len(part) for part in probs]),
+                probs=torch.cat(probs),
+                states=torch.cat(states),
+            )
 
     def keep(self, state: Tensor) -> None:
-        """Keep a hidden state (H), where asked for, as float16 on the CPU.
-
-        bfloat16 reaches further: large states are clipped.
-        """
+        """Keep a hidden state (H), where asked for."""
         if self.states is not None:
-            limit = torch.finfo(torch.float16).max
-            self.states.append(state.float().clamp(-limit, limit).half().cpu())
+            self.states.append(_half(state))
+
+    def keep_candidates(self, probs: Tensor, states: Tensor) -> None:
+        """Keep the next token's candidates, (K) and (K, H), where asked for."""
+        if self.candidates is not None:
+            position = len(self.answer.token_ids)
+            self.candidates.append((position, probs.float().clone(), _half(states)))
+
+
+def _half(states: Tensor) -> Tensor:
+    """As float16 on the CPU. bfloat16 reaches further: large states are clipped."""
+    limit = torch.finfo(torch.float16).max
+    return states.float().clamp(-limit, limit).half().cpu()

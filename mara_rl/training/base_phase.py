@@ -13,6 +13,7 @@ from mara_rl.decoding.answer import DecodedAnswer
 from mara_rl.display import Display, Phase
 from mara_rl.errors import DataError
 from mara_rl.training.config import TrainConfig, WarmStartConfig
+from mara_rl.training.distillation import distil
 from mara_rl.training.rollout_group import RolloutGroup, derived_seed
 from mara_rl.training.token_credit import BaseAnswer
 from mara_rl.training.value_warm_start import fit_value, lean, total_epochs
@@ -59,6 +60,7 @@ def run_base_phase(
                 agent=agent,
                 rule="sample",
                 keep_states=warm is not None,
+                all_candidates=agent is not None and warm is not None and warm.distil_epochs > 0,
                 seed=derived_seed(config.seed, 1, number),
                 progress=progress,
             )
@@ -78,7 +80,9 @@ def run_base_phase(
             found = sampled(number, count, agent)
         usable.extend(found.usable(reward, scorer.names))
         name = f"value warm start {number + 1} of {warm.rounds}"
-        with display.phase(name, total=total_epochs(warm, spec.head)) as phase:
+        distils = warm.distil_epochs > 0 and 0 < number == warm.rounds - 1
+        epochs = total_epochs(warm, spec.head) + (warm.distil_epochs if distils else 0)
+        with display.phase(name, total=epochs) as phase:
 
             def epoch_done(done: int, phase: Phase = phase) -> None:
                 phase.advance(done)
@@ -87,6 +91,14 @@ def run_base_phase(
             fit = fit_value(usable, warm, spec.head, seed=config.seed, progress=epoch_done)
             agent = Agent(spec)
             lean(agent, fit, usable, warm.beta)
+            if distils:
+                apart = distil(
+                    agent, usable, epochs=warm.distil_epochs, seed=config.seed, progress=epoch_done
+                )
+                figures |= {
+                    "warm_start/chain_kl_before": apart[0],
+                    "warm_start/chain_kl": apart[1],
+                }
     figures |= {
         "warm_start/r2": fit.r2,
         "warm_start/r2_within_prompt": fit.r2_within_prompt,
@@ -110,7 +122,7 @@ class _ScoredAnswers:
         """Those with all scores, for the value fit."""
         terms = torch.from_numpy(reward.terms(names, self.scores))
         return [
-            BaseAnswer(a.prompt, a.states, row)
+            BaseAnswer(a.prompt, a.states, row, a.candidates)
             for a, row, ok in zip(self.answers, terms, self.finite, strict=True)
             if ok and a.states is not None
         ]

@@ -116,6 +116,12 @@ class WarmStartConfig(Section):
     )
     opened_share: float = Field(0.25, ge=0, le=1, description="share of base answers that try one")
     beta: float = Field(0.3, gt=0, description="accept log-odds move by Q differences over this")
+    win_margin: float | None = Field(
+        None,
+        gt=0,
+        description="learn which of a prompt's answers is better, not by how much: a score's "
+        "standard deviations from which on it is; null: by how much",
+    )
     epochs: int = Field(6, ge=1, description="passes of the value regression")
     early_weight: float = Field(
         15.0, ge=0, description="extra weight of an answer's first token in it, beside 1"
@@ -127,6 +133,12 @@ class WarmStartConfig(Section):
     )
     credit_lr: float = Field(6e-4, gt=0)
     weight_decay: float = Field(1e-2, ge=0)
+    distil_epochs: int = Field(
+        0,
+        ge=0,
+        description="passes that fit the chain of decisions to the choice among all candidates, on "
+        "answers of the rounds after the first; 0: none",
+    )
 
 
 class PPOSettings(Section):

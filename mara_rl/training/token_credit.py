@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mara_rl.agent import AcceptNetwork
+from mara_rl.decoding.answer import CandidateStates
 from mara_rl.errors import DataError
 from mara_rl.training.config import WarmStartConfig
 
@@ -22,14 +23,16 @@ _PROMPTS_PER_STEP = 16
 
 @dataclass(frozen=True)
 class BaseAnswer:
-    """States (T + 1, H), float16, along one sampled base answer, and the terms of its reward.
+    """States (T + 1, H), float16, along one sampled answer, and the terms of its reward.
 
     ``terms`` (C,): one per score, already weighted; their sum is the terminal reward.
+    ``candidates``: what was passed by, where that was looked at.
     """
 
     prompt: str
     states: Tensor
     terms: Tensor
+    candidates: CandidateStates | None = None
 
 
 def above_others(answers: Sequence[BaseAnswer], values: Tensor) -> Tensor:
@@ -42,6 +45,25 @@ def above_others(answers: Sequence[BaseAnswer], values: Tensor) -> Tensor:
     others = rows.bincount()[rows, None] - 1
     mean = torch.where(others > 0, (totals - values) / others.clamp_min(1), values.mean(0))
     return values - mean
+
+
+def standings(answers: Sequence[BaseAnswer], terms: Tensor, margin: float) -> Tensor:
+    """How terms (N, C) compare with those of the prompt's other answers (N, C).
+
+    Mean of tanh(difference / margin) over the others, differences in standard deviations of the
+    term: clearly better counts 1, however much better. Scaled to spread within prompts as the terms
+    do, so that the same β leans as far.
+    """
+    rows = _prompt_numbers(answers)
+    scaled = terms / terms.std(0).clamp_min(1e-9)
+    compared = torch.zeros_like(terms)
+    deviations = torch.zeros_like(terms)
+    for number in range(int(rows.max()) + 1):
+        own = (rows == number).nonzero()[:, 0]
+        wins = torch.tanh((scaled[own, None] - scaled[None, own]) / margin).sum(1)
+        compared[own] = wins / max(1, len(own) - 1)
+        deviations[own] = terms[own] - terms[own].mean(0)
+    return compared * (deviations.std(0) / compared.std(0).clamp_min(1e-9))
 
 
 def fit_credit(

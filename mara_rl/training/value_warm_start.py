@@ -12,7 +12,7 @@ there, and so does the noise of fitting it.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from mara_rl.training.token_credit import (
     earned,
     fit_credit,
     seeded_network,
+    standings,
 )
 
 _EARLY_TOKENS = 3.0  # after so many the extra weight has fallen by e
@@ -61,7 +62,8 @@ def fit_value(
     """Fit values for an agent with ``head`` by least squares.
 
     Rewards are spread over tokens first (`fit_credit`), unless ``config.credit_epochs`` is 0 or the
-    head is ``relative``, whose one value for both states is a whole answer's: then q = v.
+    head is ``relative``, whose one value for both states is a whole answer's: then q = v. Where
+    ``config.win_margin`` is set, q and v are of `standings` instead of rewards.
 
     One network is fitted with an output per term of the reward and kind of value; then the terms
     are summed. Terms that disagree teach the shared layers more than their sum does. The learning
@@ -79,7 +81,10 @@ def fit_value(
     order = torch.randperm(len(prompts), generator=generator).tolist()
     held = {prompts[i] for i in order[: max(1, len(prompts) // 10)]}
     train = [a for a in answers if a.prompt not in held]
-    terms = torch.stack([a.terms.float() for a in train])
+    rewards = terms = torch.stack([a.terms.float() for a in train])
+    if config.win_margin is not None:
+        terms = standings(train, rewards, config.win_margin)
+        train = [replace(a, terms=row) for a, row in zip(train, terms, strict=True)]
     spread = [torch.zeros(len(a.states), terms.shape[1]) for a in train]
     if _credits(config, head):
         spread = earned(fit_credit(train, config, seed=seed, progress=progress), train)
@@ -88,7 +93,7 @@ def fit_value(
         [
             torch.cat([advantage - _before(done), advantage - done, whole.expand(len(done), -1)], 1)
             for advantage, done, whole in zip(
-                above_others(train, terms), spread, terms, strict=True
+                above_others(train, terms), spread, rewards, strict=True
             )
         ]
     )

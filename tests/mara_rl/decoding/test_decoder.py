@@ -14,7 +14,7 @@ from mara_rl.decoding.blend import Blend
 from mara_rl.decoding.decoder import Decoder
 from mara_rl.decoding.request import DecodeRequest, DecodeSettings
 from mara_rl.decoding.rules import induced_probabilities, sampled_index
-from mara_rl.errors import DataError
+from mara_rl.errors import ConfigError, DataError
 from mara_rl.policy_llm import PolicyLLM
 
 PROMPTS = ["Hi", "How do I bake bread?", "What is the time in Lima?", "a", "Tell me a story."]
@@ -322,6 +322,35 @@ def test_states_are_those_of_the_answer(tiny_llm: PolicyLLM, with_agent: bool) -
         states = tiny_llm.model.base_model(torch.tensor([tokens])).last_hidden_state[0]
     expected = states[-len(answer.token_ids) - 1 :]
     torch.testing.assert_close(answer.states.float(), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_candidates_are_kept_where_there_was_a_choice(tiny_llm: PolicyLLM) -> None:
+    agent = random_agent(tiny_llm, "advantage", top_k=6)
+    options = {"rule": "sample", "exact": True, "keep_candidates": True, "trace": True}
+    answers = decode(tiny_llm, PROMPTS, agents=(agent,), keep_states=True, **options)
+    forced = 0
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        known, trace = answer.candidates, answer.trace
+        chosen = [i for i, token in enumerate(trace) if len(token.candidates) > 1]
+        forced += len(trace) - len(chosen)
+        assert known.positions.tolist() == chosen
+        assert known.counts.tolist() == [len(trace[i].candidates) for i in chosen]
+        listed = [c for i in chosen for c in trace[i].candidates]
+        assert known.probs.tolist() == pytest.approx([c.llm_prob for c in listed])
+        begun = tiny_llm.prompt_ids(prompt)
+        rows = zip(chosen, known.states.split(known.counts.tolist()), strict=True)
+        for position, states in rows:
+            before = begun + answer.token_ids[:position]
+            with torch.inference_mode():
+                expected = [
+                    tiny_llm.model.base_model(
+                        torch.tensor([[*before, c.token_id]])
+                    ).last_hidden_state[0, -1]
+                    for c in trace[position].candidates
+                ]
+            torch.testing.assert_close(states.float(), torch.stack(expected), rtol=2e-3, atol=2e-3)
+    with pytest.raises(ConfigError, match="keep_candidates: needs `exact`"):
+        decode(tiny_llm, ["Hi"], agents=(agent,), keep_candidates=True)
 
 
 def test_text_streams_and_stops(tiny_llm: PolicyLLM) -> None:

@@ -26,7 +26,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
         TinyModels(folder),
         prompts,
         prompts={"max_failures": 2},
-        warm_start={"answers": 32, "rounds": 2, "epochs": 3, "batch_size": 64},
+        warm_start={"answers": 32, "rounds": 2, "epochs": 3, "batch_size": 64, "distil_epochs": 1},
         ppo={"iterations": 8},
         checkpoint={"every_iterations": 3},
         evaluation={"kl_prompts": 8},

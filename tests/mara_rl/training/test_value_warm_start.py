@@ -6,7 +6,13 @@ import torch
 from mara_rl.agent import Agent, AgentSpec, Head
 from mara_rl.errors import DataError
 from mara_rl.training.config import WarmStartConfig
-from mara_rl.training.token_credit import BaseAnswer, above_others, earned, fit_credit
+from mara_rl.training.token_credit import (
+    BaseAnswer,
+    above_others,
+    earned,
+    fit_credit,
+    standings,
+)
 from mara_rl.training.value_warm_start import fit_value, lean, total_epochs
 
 H = 16
@@ -124,3 +130,32 @@ def test_others_are_those_of_the_same_prompt() -> None:
     data = [BaseAnswer(p, torch.zeros(2, H), torch.zeros(1)) for p in ("a", "a", "a", "b")]
     found = above_others(data, torch.tensor([[1.0], [2.0], [6.0], [3.0]]))
     assert found[:, 0].tolist() == [-3.0, -1.5, 4.5, 0.0]
+
+
+def test_standings_say_which_answer_is_better_not_by_how_much() -> None:
+    state = torch.zeros(2, H).half()
+    rewards = [[0.0, 5.0], [1.0, 4.0], [9.0, -4.0], [3.0, 0.0], [3.1, 0.0], [7.0, 7.0]]
+    prompts = ["a", "a", "a", "b", "b", "alone"]
+    data = [BaseAnswer(p, state, torch.tensor(r)) for p, r in zip(prompts, rewards, strict=True)]
+    terms = torch.tensor(rewards)
+    found = standings(data, terms, 1e-6)
+    for column in range(2):
+        spread = torch.cat([terms[:3] - terms[:3].mean(0), terms[3:5] - terms[3:5].mean(0)])
+        assert found[:, column].std() == pytest.approx(
+            torch.cat([spread[:, column], torch.zeros(1)]).std().item(), rel=1e-4
+        )
+    order = torch.tensor([[-1, 1], [0, 0], [1, -1], [-1, 0], [1, 0], [0, 0]])
+    assert torch.equal(found.sign().int(), order.int())
+    assert found[0, 0] == pytest.approx(found[3, 0].item())  # however much worse
+    smooth = standings(data, terms, 10.0)
+    assert smooth[0, 0].abs() > 5 * smooth[3, 0].abs()
+
+
+def test_a_fit_to_standings_ranks_answers_like_one_to_rewards(config: WarmStartConfig) -> None:
+    data = answers()
+    ranked = fit_value(data, config.model_copy(update={"win_margin": 0.25}), "advantage", seed=0)
+    assert ranked.r2_within_prompt > 0.5
+    plain = fit_value(data, config, "advantage", seed=0)
+    states = torch.cat([a.states for a in data])
+    with torch.no_grad():
+        assert not torch.equal(ranked.candidate(states), plain.candidate(states))
