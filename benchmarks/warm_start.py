@@ -48,7 +48,8 @@ class LocalAnswers:
         agent: Agent | None = None,
         rule: Any = None,
         keep_states: bool = False,
-        all_candidates: bool = False,
+        exact: bool = False,
+        keep_candidates: bool = False,
         seed: int = 0,
         progress: Any = None,
     ) -> list[DecodedAnswer]:
@@ -56,8 +57,8 @@ class LocalAnswers:
             max_new_tokens=self._config.rollouts.max_new_tokens,
             rule=rule,
             keep_states=keep_states,
-            exact=all_candidates,
-            keep_candidates=all_candidates,
+            exact=exact,
+            keep_candidates=keep_candidates,
             top_k=self._config.candidates.top_k,
             top_p=self._config.candidates.top_p,
         )

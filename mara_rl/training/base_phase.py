@@ -42,7 +42,8 @@ def run_base_phase(
     """Sample, score and (with a warm start) learn from answers: first of the base LLM alone.
 
     They fix the score scales. Later rounds of a warm start add answers of the agent so far: what it
-    would now do wrongly is what the values fitted to base answers know least of.
+    would now do wrongly is what the values fitted to base answers know least of. They are decoded
+    by the ``exact`` rule, which does what the values say and not what the chain makes of it.
     """
     warm = config.warm_start
 
@@ -60,7 +61,8 @@ def run_base_phase(
                 agent=agent,
                 rule="sample",
                 keep_states=warm is not None,
-                all_candidates=agent is not None and warm is not None and warm.distil_epochs > 0,
+                exact=agent is not None,
+                keep_candidates=agent is not None and warm is not None and warm.distil_epochs > 0,
                 seed=derived_seed(config.seed, 1, number),
                 progress=progress,
             )

@@ -64,13 +64,14 @@ class RolloutGroup:
         agent: Agent | None = None,
         rule: Rule | None = None,
         keep_states: bool = False,
-        all_candidates: bool = False,
+        exact: bool = False,
+        keep_candidates: bool = False,
         seed: int = 0,
         progress: Callable[[int], None] | None = None,
     ) -> list[DecodedAnswer]:
         """Answers to ``prompts``, in order, decoded by the actors' LLMs in rounds; see `Decoder`.
 
-        ``all_candidates``: decode by the value re-weighted rule, and keep what it looks at.
+        The options are those of `DecodeSettings`.
 
         What an actor that dies or hangs was decoding is decoded again, by another one or by the
         same one restarted. Raises RetryableError when that fails three times or when there is no
@@ -87,8 +88,8 @@ class RolloutGroup:
                 top_k=None if agent else self._config.candidates.top_k,
                 top_p=None if agent else self._config.candidates.top_p,
                 keep_states=keep_states,
-                exact=all_candidates,
-                keep_candidates=all_candidates,
+                exact=exact,
+                keep_candidates=keep_candidates,
             ),
             system=self._config.llm.system,
             spec=agent.spec if agent else None,
