@@ -137,7 +137,7 @@ class WarmStartConfig(Section):
         0,
         ge=0,
         description="passes that fit the chain of decisions to the choice among all candidates, on "
-        "answers of the rounds after the first; 0: none",
+        "answers of the rounds after the first, whose candidates are then kept; 0: none",
     )
 
 
