@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from importlib import resources
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -61,6 +62,16 @@ class ScoreConfig(ScoreServiceConfig):
         description="a Serve application that hosts the model already, for several runs; None: the "
         "run starts its own, with the replicas named here",
     )
+    url: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s/?#]+[^\s?#]*$",
+        description="the same, by the URL of a score service that asks for a key (MARA_SCORE_KEY)",
+    )
+
+    @property
+    def shared(self) -> str | None:
+        """The application or URL that is there already, None where the run starts its own."""
+        return self.app or self.url
 
 
 class ScoringConfig(Section):
@@ -198,6 +209,14 @@ class TrainConfig(Section):
     def _consistent(self) -> "TrainConfig":
         if not any(score.weight for score in self.scores.values()):
             raise ValueError("scores: every weight is 0; expected at least one that is not")
+        for name, score in self.scores.items():
+            if score.app is not None and score.url is not None:
+                raise ValueError(f"scores.{name}: app and url are both set; expected one of them")
+            if score.url is not None and "@" in urlsplit(score.url).netloc:
+                raise ValueError(
+                    f"scores.{name}.url: names a user or password; expected none in a config, and "
+                    "the key in MARA_SCORE_KEY"
+                )
         if self.warm_start and self.agent.head == "paper":
             raise ValueError("warm_start: needs an agent.head anchored to the LLM, not 'paper'")
         if self.warm_start and self.warm_start.answers < 8 * self.warm_start.rounds:
