@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -135,6 +136,25 @@ def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(
     assert "registered models:/mara-smoke@candidate (version 2)" in again.stdout
 
 
+def test_a_job_that_is_stopped_saves_itself(cluster: LocalCluster, trained: str) -> None:
+    command = ["ray", "job", "submit", "--no-wait", "--submission-id", "stopped-1"]
+    command += ["--runtime-env", "deploy/runtime_env.yaml", "--working-dir", "."]
+    command += ["--", "mara-rl", "train", "deploy/smoke.yaml", "--run", "stopped"]
+    command += ["--set", "ppo.iterations=500", "--set", "checkpoint.every_iterations=500"]
+    submitted = cluster.run(*command)
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    deadline = time.monotonic() + 300
+    while not (status_of(cluster, "stopped")["tracking"] or {}).get("iteration"):
+        assert time.monotonic() < deadline, cluster.run("ray", "job", "logs", "stopped-1").stdout
+    assert cluster.run("ray", "job", "stop", "stopped-1").returncode == 0
+    log = cluster.run("ray", "job", "logs", "stopped-1").stdout
+    assert "interrupted: continue with `mara-rl train --resume stopped`" in log
+    status = status_of(cluster, "stopped")
+    assert status["state"] == "stopped"
+    assert status["checkpoint"]["iteration"] >= 1, "which is not one of every 500"
+    assert status["ray"]["services"] == {}
+
+
 def test_the_agent_is_served(cluster: LocalCluster, trained: str, tmp_path: Path) -> None:
     [port] = free_ports(1)
     config = yaml.safe_load((ROOT / "deploy" / "serve.yaml").read_text())
@@ -179,6 +199,11 @@ def test_the_agent_is_served(cluster: LocalCluster, trained: str, tmp_path: Path
         "reward": "RUNNING",
         "cost": "RUNNING",
     }
+
+
+def status_of(cluster: LocalCluster, run: str) -> dict[str, Any]:
+    done = cluster.run("mara-rl", "status", run, "--json")
+    return json.loads(done.stdout) if done.returncode == 0 else {"tracking": None}
 
 
 def home(cluster: LocalCluster) -> Path:
