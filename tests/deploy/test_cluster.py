@@ -116,6 +116,24 @@ def test_status_tells_of_job_queue_checkpoint_and_metrics(
     assert "no answer from Ray's dashboard: " in status["unreachable"]["Ray"]
 
 
+@pytest.mark.parametrize(
+    ("token", "version", "reason"),
+    [("0" * 64, None, "AuthenticationError: "), (None, "2.0.0", "Version mismatch: .* Ray: 2.0.0")],
+)
+def test_a_cluster_that_does_not_let_it_in_ends_a_run_in_one_line(
+    cluster: LocalCluster, token: str | None, version: str | None, reason: str
+) -> None:
+    script = f"import ray; ray.__version__ = {version!r} or ray.__version__\n"
+    script += "from mara_rl.cli.app import main; main()"
+    secret = token or cluster.environment["RAY_AUTH_TOKEN"]
+    command = ["env", f"RAY_ADDRESS={cluster.gcs}", f"RAY_AUTH_TOKEN={secret}", sys.executable]
+    done = cluster.run(*command, "-c", script, "train", "deploy/smoke.yaml", "--run", "not-begun")
+    assert done.returncode == 1
+    expected = f"error: RAY_ADDRESS '{cluster.gcs}': could not join a Ray cluster there: .*{reason}"
+    assert re.match(expected, done.stderr.splitlines()[-1]), done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_run_that_is_done_ends_at_once_when_submitted_again(
     cluster: LocalCluster, trained: str
 ) -> None:
