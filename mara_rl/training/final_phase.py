@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mara_rl.agent import Agent
+from mara_rl.agent_files import agent_sha256, load_agent
 from mara_rl.decoding.answer import DecodedAnswer
 from mara_rl.display import Display, Phase
 from mara_rl.evaluation.comparison import JudgedAnswers, rates, unscored
@@ -166,27 +167,33 @@ def register(
     """Register the agent as `candidate` and try for `champion`; its ``models:/`` URI.
 
     The gate is the comparison with the base LLM where there is no champion yet, else one with the
-    champion on the same prompts.
+    champion on the same prompts. What a run registered before it was cut off is not registered
+    again.
     """
     registry = AgentRegistry(session.tracking_uri)
     name = config.registry.model_name or model_name_for(config.llm.name)
-    tags = source_tags(llm=config.llm.name, seed=config.seed, run_id=tracking.run_id)
+    sha256 = agent_sha256(load_agent(folder.agent))
+    version = registry.registered(name, run_id=tracking.run_id, sha256=sha256)
+    tags = source_tags(llm=config.llm.name, seed=config.seed, run_id=tracking.run_id, sha256=sha256)
     evidence = None
     if result is not None and aligned is not None and evaluation is not None:
         evidence = PromotionEvidence.from_rate(result.both, against="base")
         champion = registry.champion(name)
-        if champion is not None and config.registry.promote:
+        if champion not in (None, version) and config.registry.promote:
             reigning = registry.resolve(f"models:/{name}/{champion}")
             rate = evaluation.rate_against(reigning, champion, aligned)
             evidence = PromotionEvidence.from_rate(
                 rate, against="champion", champion_version=champion
             )
         tags = {**tags, **evidence.tags()}
-    with display.phase("registering the agent", total=1):
-        version = registry.register(
-            name, tracking.log_agent(folder.agent), {**tags, "run": folder.name}
-        )
-    display.line(f"registered models:/{name}@candidate (version {version})")
+    if version is not None:
+        display.line(f"registered before: models:/{name}/{version}")
+    else:
+        with display.phase("registering the agent", total=1):
+            version = registry.register(
+                name, tracking.log_agent(folder.agent), {**tags, "run": folder.name}
+            )
+        display.line(f"registered models:/{name}@candidate (version {version})")
     if config.registry.promote and evidence is not None:
         display.line(registry.promote(name, version, evidence=evidence).line)
     return f"models:/{name}/{version}"

@@ -151,7 +151,7 @@ def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(
     again = cluster.run(SUBMIT, RUN, "deploy/smoke.yaml")
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"resumed {RUN} at iteration 1" in again.stdout
-    assert "registered models:/mara-smoke@candidate (version 2)" in again.stdout
+    assert "registered before: models:/mara-smoke/1" in again.stdout
 
 
 def test_a_job_that_is_stopped_saves_itself(cluster: LocalCluster, trained: str) -> None:

@@ -1,4 +1,4 @@
-"""The comparison that a run ends with, where scores are missing."""
+"""What a run ends with: the comparison where scores are missing, registering after a cut."""
 
 import json
 from pathlib import Path
@@ -9,13 +9,17 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from mara_rl.agent import Agent, AgentSpec
+from mara_rl.agent_files import save_agent
 from mara_rl.decoding.answer import DecodedAnswer
 from mara_rl.display import Display
 from mara_rl.errors import DataError
 from mara_rl.tracking.promotion import PromotionEvidence, refusal
+from mara_rl.tracking.registry import AgentRegistry
+from mara_rl.tracking.run import TrackingRun
 from mara_rl.training.config import load_config
-from mara_rl.training.final_phase import HeldoutEvaluation
-from mara_rl.training.run_folder import RunFolder
+from mara_rl.training.final_phase import HeldoutEvaluation, register
+from mara_rl.training.run_folder import RunFolder, remove_folder
 from services.prompt_files import PromptRecord
 from services.score_client import ScoreClientConfig
 
@@ -127,3 +131,27 @@ def test_the_champion_is_compared_on_the_prompts_that_have_scores(
     assert made.rate_against("champion", 4, aligned) is None
     nothing = PromotionEvidence.from_rate(None, against="champion", champion_version=4)
     assert refusal(nothing, champion=4) == "preference figure 'rate' is nan"
+
+
+def test_a_run_that_comes_to_its_end_again_registers_once(
+    folder: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = load_config("quickstart", ["registry.model_name=mara-once"])
+    session = SimpleNamespace(tracking_uri=f"sqlite:///{tmp_path / 'mlflow.db'}")
+    agent = Agent(AgentSpec(hidden_size=6, head="relative", llm=config.llm.name))
+    save_agent(agent, folder.agent)
+    with TrackingRun.start(session.tracking_uri, "end", "run", {}) as tracking:
+
+        def end() -> str:
+            display = Display(Console())
+            return register(config, folder, session, tracking, None, None, None, display)
+
+        assert end() == "models:/mara-once/1"
+        assert end() == "models:/mara-once/1"
+        assert "registered before: models:/mara-once/1" in capsys.readouterr().out
+        assert len(AgentRegistry(session.tracking_uri).show("mara-once")) == 1
+
+        remove_folder(folder.agent)  # it had gone back to an older checkpoint and ended elsewhere
+        agent.network.output_linear.bias.data += 1
+        save_agent(agent, folder.agent)
+        assert end() == "models:/mara-once/2"

@@ -106,6 +106,7 @@ def test_a_run_trains_compares_registers_and_resumes(config: Path, home: Path) -
     again = mara_rl("train", "--resume", "tiny-1")
     assert again.returncode == 0, again.stderr
     assert "resumed tiny-1 at iteration 4" in again.stdout
+    assert "registered before: models:/mara-llama/1" in again.stdout
     first, second = (
         next(line for line in out.splitlines() if RESULT_LINE.match(line))
         for out in (done.stdout, again.stdout)
