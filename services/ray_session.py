@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import secrets
 import socket
@@ -113,6 +114,38 @@ def check_resources(requests: Sequence[tuple[str, Bundle]]) -> None:
     missing = missing_resources(requests, nodes)
     if missing is not None:
         raise ConfigError(missing)
+
+
+def await_room(requests: Sequence[tuple[str, Bundle]], timeout_s: float) -> None:
+    """Wait until all of ``requests`` could be placed at once beside what runs already.
+
+    They are reserved together, as one placement group, and given back for the actors to take.
+
+    Raises:
+        ConfigError: other work still had the room after ``timeout_s``; says what is free.
+    """
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    bundles = [dict(bundle) for _, bundle in requests if bundle]
+    if not bundles:
+        return
+    group = placement_group(bundles)
+    try:
+        if group.wait(math.ceil(timeout_s)):  # it takes whole seconds
+            return
+        free = ray.available_resources()
+        asked = Counter((name, amounts(bundle)) for name, bundle in requests if bundle)
+        needs = ", ".join(f"{name} {count} x ({each})" for (name, each), count in asked.items())
+        left = {
+            key: free.get(key, 0.0) for key in sorted({key for each in bundles for key in each})
+        }
+        raise ConfigError(
+            f"no room for the plan within {timeout_s:g} s: waiting for {needs}; free in the "
+            f"cluster: {amounts(left)}"
+        )
+    finally:
+        remove_placement_group(group)
 
 
 def missing_resources(

@@ -94,7 +94,7 @@ class RolloutsConfig(Section):
     prefill_chunk_tokens: int = Field(512, ge=1)
     state_dtype: StateDType = "float16"
     num_cpus: float = Field(1.0, ge=0, description="CPUs per runner")
-    num_gpus: float = Field(0.0, ge=0, description="GPUs per runner")
+    num_gpus: float = Field(0.0, ge=0, le=1, description="share of a GPU per runner")
     resources: CustomResources = Field({}, description="custom resources per runner")
     torch_threads: int | None = Field(None, ge=1)
     sample_timeout_s: float = Field(
@@ -103,7 +103,9 @@ class RolloutsConfig(Section):
     probe_timeout_s: float = Field(
         30.0, gt=0, description="how long an iteration waits for a runner that is starting again"
     )
-    placement_timeout_s: float = Field(120.0, gt=0)
+    placement_timeout_s: float = Field(
+        120.0, gt=0, description="longest wait for room for actors, and for score services"
+    )
 
 
 class LearnerConfig(Section):
@@ -111,7 +113,7 @@ class LearnerConfig(Section):
 
     num_learners: int = Field(0, ge=0)
     num_cpus: float = Field(1.0, ge=0, description="CPUs per remote learner")
-    num_gpus: float = Field(0.0, ge=0, description="GPUs per learner")
+    num_gpus: float = Field(0.0, ge=0, le=1, description="share of a GPU per learner")
     resources: CustomResources = Field({}, description="custom resources per remote learner")
 
 

@@ -10,7 +10,7 @@ from mara_rl.tracking.store import tracking_uri
 from mara_rl.training.config import TrainConfig
 from mara_rl.training.run_names import score_sources
 from services.prompt_source import PromptSourceConfig
-from services.ray_session import check_resources, ray_session
+from services.ray_session import await_room, check_resources, ray_session
 from services.redis_server import redis_url
 from services.replica_config import resource_bundle
 from services.score_client import ScoreClientConfig
@@ -62,6 +62,7 @@ def training_session(config: TrainConfig, run: str, *, single_node: bool) -> Ite
             deploy_scores(services, ready_timeout_s=config.rollouts.placement_timeout_s)
             if not ray.owns_cluster:
                 closing.callback(delete_scores, services)
+            await_room(actor_plan(config), config.rollouts.placement_timeout_s)
             yield Session(
                 prompts=PromptSourceConfig(
                     url=url,
@@ -89,9 +90,13 @@ def resource_plan(config: TrainConfig) -> list[tuple[str, dict[str, float]]]:
         if score.shared is None
         for _ in range(score.num_replicas)
     ]
+    return plan + actor_plan(config)
+
+
+def actor_plan(config: TrainConfig) -> list[tuple[str, dict[str, float]]]:
+    """The part of it that RLlib starts: rollout actors and remote learners."""
     rollouts, learner = config.rollouts, config.learner
     runner = resource_bundle(rollouts.num_cpus, rollouts.num_gpus, rollouts.resources)
-    plan += [("runners", runner)] * rollouts.num_runners
     remote = resource_bundle(learner.num_cpus, learner.num_gpus, learner.resources)
-    plan += [("learners", remote)] * learner.num_learners
-    return plan
+    runners = [("runners", runner)] * rollouts.num_runners
+    return runners + [("learners", remote)] * learner.num_learners

@@ -10,7 +10,7 @@ import pytest
 import ray
 
 from mara_rl.errors import ConfigError
-from services.ray_session import check_resources, missing_resources, ray_session
+from services.ray_session import await_room, check_resources, missing_resources, ray_session
 
 AUTH = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
 
@@ -138,6 +138,11 @@ def test_local_cluster(monkeypatch, tmp_path):
     def child_environment() -> dict[str, str | None]:
         return {name: os.environ.get(name) for name in AUTH}
 
+    @ray.remote(num_cpus=1)
+    class Occupant:
+        def ready(self) -> bool:
+            return True
+
     with ray_session(num_cpus=2) as session:
         assert session.owns_cluster
         in_child = ray.get(child_environment.remote())
@@ -147,6 +152,19 @@ def test_local_cluster(monkeypatch, tmp_path):
         check_resources([("runners", {"CPU": 1})] * 2)
         with pytest.raises(ConfigError, match=r"3 CPU \(runners 3 x 1\).*has 2"):
             check_resources([("runners", {"CPU": 1})] * 3)
+
+        await_room([("runners", {"CPU": 1})] * 2, timeout_s=30)
+        occupant = Occupant.remote()
+        ray.get(occupant.ready.remote())
+        with pytest.raises(ConfigError) as caught:
+            await_room([("runners", {"CPU": 1})] * 2 + [("driver", {})], timeout_s=2)
+        assert str(caught.value) == (
+            "no room for the plan within 2 s: waiting for runners 2 x (1 CPU); free in the "
+            "cluster: 1 CPU"
+        )
+        await_room([("runners", {"CPU": 1})], timeout_s=30)  # what did not fit was given back
+        ray.kill(occupant)
+        await_room([("runners", {"CPU": 1})] * 2, timeout_s=30)
 
         listening = [
             connection.laddr

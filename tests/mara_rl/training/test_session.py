@@ -78,6 +78,8 @@ def test_a_url_is_one_without_secrets_and_instead_of_an_application(
         ),
         ("learner.resources.x=0", r"learner\.resources\.x: input should be greater than 0"),
         ("scores.cost.resources=3", r"scores\.cost\.resources: input should be a valid dict"),
+        ("scores.cost.num_gpus=2", r"scores\.cost\.num_gpus: .* less than or equal to 1, not 2"),
+        ("rollouts.num_gpus=1.5", r"rollouts\.num_gpus: .* less than or equal to 1, not 1\.5"),
     ],
 )
 def test_wrong_resources_are_named(override: str, message: str) -> None:
