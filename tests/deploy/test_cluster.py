@@ -179,6 +179,9 @@ def test_the_agent_is_served(cluster: LocalCluster, trained: str, tmp_path: Path
     config["http_options"] |= {"host": "127.0.0.1", "port": port}
     application = next(app for app in config["applications"] if app["name"] == "aligned")
     application["args"] |= {"num_replicas": 1, "max_replicas": None}  # four LLMs need more memory
+    scores = yaml.safe_load((ROOT / "deploy" / "scores.yaml").read_text())["applications"]
+    [keyed] = [app for app in scores if app["name"] == "reward"]
+    config["applications"].append(keyed | {"name": "keyed-reward"})
     path = tmp_path / "serve.yaml"
     path.write_text(yaml.safe_dump(config))
     down = cluster.run("serve", "shutdown", "-y", "-a", cluster.dashboard)
@@ -206,17 +209,18 @@ def test_the_agent_is_served(cluster: LocalCluster, trained: str, tmp_path: Path
     assert answer.system_fingerprint.startswith("mara-smoke/")
     assert set(answer.choices[0].mara["scores"]) == {"reward", "cost"}
 
-    # Its score services may serve runs as well, and stay when these end.
-    shared = ("--set", "scores.reward.app=reward", "--set", "scores.cost.app=cost")
+    # Its score services may serve runs as well, by name or by URL, and stay when these end.
+    url = f"http://127.0.0.1:{port}/reward"
+    shared = ("--set", f"scores.reward.url={url}", "--set", "scores.cost.app=cost")
     quick = ("--set", "evaluation=null")
     run = cluster.run(SUBMIT, "smoke-2", "deploy/smoke.yaml", *shared, *quick)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "registered models:/mara-smoke@candidate" in run.stdout
+    assert cluster.environment["MARA_SCORE_KEY"] not in run.stdout + run.stderr
     status = json.loads(cluster.run("mara-rl", "status", "smoke-2", "--json").stdout)
-    assert {app: found["status"] for app, found in status["ray"]["services"].items()} == {
-        "reward": "RUNNING",
-        "cost": "RUNNING",
-    }
+    services = {app: found["status"] for app, found in status["ray"]["services"].items()}
+    assert services == {"cost": "RUNNING"}
+    assert requests.get(f"{url}/v1/model", timeout=30).status_code == 401
 
 
 def status_of(cluster: LocalCluster, run: str) -> dict[str, Any]:

@@ -82,6 +82,7 @@ def local_cluster(folder: Path, *, num_cpus: int, home: Path) -> Iterator[LocalC
             "MARA_HOME": str(home),
             "MARA_REDIS_URL": redis_url,
             "MARA_API_KEY": "a-key-for-the-tests",
+            "MARA_SCORE_KEY": "a-key-for-the-scores-of-the-tests",
             "MLFLOW_TRACKING_URI": mlflow_url,
             "HF_HUB_OFFLINE": "1",
         }
