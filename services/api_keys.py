@@ -11,6 +11,7 @@ from pathlib import Path
 from mara_rl.errors import ConfigError, first_line
 
 KEYS_VARIABLE = "MARA_API_KEY"
+SCORE_KEYS_VARIABLE = "MARA_SCORE_KEY"
 _MIN_LENGTH = 8
 
 
@@ -28,11 +29,11 @@ class ApiKeys:
     Not thread-safe: for one event loop.
     """
 
-    def __init__(self, keys: Sequence[str], *, max_concurrent: int) -> None:
+    def __init__(self, keys: Sequence[str], *, max_concurrent: int | None = None) -> None:
         """
         Args:
             keys: at least 8 characters each, without white space.
-            max_concurrent: requests of one key that may run at the same time.
+            max_concurrent: requests of one key that may run at the same time; None: any number.
 
         Raises ConfigError for a key that is too short, by its number.
         """
@@ -71,10 +72,10 @@ class ApiKeys:
     @contextlib.contextmanager
     def running(self, name: str) -> Iterator[None]:
         """Count a request of the key ``name`` while it runs. Raises BusyKeyError."""
-        if name and self._running[name] >= self._max_concurrent:
+        most = self._max_concurrent
+        if name and most is not None and self._running[name] >= most:
             raise BusyKeyError(
-                f"{self._running[name]} requests of this key are running; "
-                f"expected at most {self._max_concurrent}"
+                f"{self._running[name]} requests of this key are running; expected at most {most}"
             )
         self._running[name] += 1
         try:
@@ -83,12 +84,12 @@ class ApiKeys:
             self._running[name] -= 1
 
 
-def configured_keys(file: Path | None = None) -> list[str]:
-    """Keys of ``MARA_API_KEY`` (comma-separated) and of ``file`` (one a line, # for comments).
+def configured_keys(file: Path | None = None, *, variable: str = KEYS_VARIABLE) -> list[str]:
+    """Keys of ``variable`` (comma-separated) and of ``file`` (one a line, # for comments).
 
     Raises ConfigError when the file cannot be read or holds none.
     """
-    keys = [key.strip() for key in os.environ.get(KEYS_VARIABLE, "").split(",") if key.strip()]
+    keys = [key.strip() for key in os.environ.get(variable, "").split(",") if key.strip()]
     if file is None:
         return keys
     try:

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import secrets
 import socket
@@ -17,6 +18,8 @@ Bundle = Mapping[str, float]
 """Resources of one actor that must come from a single node, e.g. ``{"CPU": 1, "GPU": 0.5}``."""
 
 _CONNECT_TIMEOUT_S = 10.0
+# Of a control service that does not let us in: each time may take 40 s, and Ray asks 20 times.
+_ASK_ONCE = {"RAY_gcs_server_port_wait_time_s": "1"}
 _SLACK = 1e-6  # fractions of a CPU or GPU do not add up exactly
 
 
@@ -49,7 +52,8 @@ def ray_session(
         num_gpus: GPUs of a cluster that is started here; None counts the machine's.
 
     Raises:
-        ConfigError: ``RAY_ADDRESS`` is not a cluster address or nothing answers there.
+        ConfigError: ``RAY_ADDRESS`` is not a cluster address, or the cluster there does not answer
+            or let this process in; a local Ray does not start.
     """
     import ray
 
@@ -65,14 +69,17 @@ def ray_session(
             _leave()
         return
     with _local_cluster_settings():
-        ray.init(
-            address="local",
-            num_cpus=num_cpus,
-            num_gpus=num_gpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
+        except Exception as error:
+            raise ConfigError(f"Ray did not start on this machine: {_reason(error)}") from error
         try:
             yield RaySession(owns_cluster=True, address=ray.get_runtime_context().gcs_address)
         finally:
@@ -107,6 +114,38 @@ def check_resources(requests: Sequence[tuple[str, Bundle]]) -> None:
     missing = missing_resources(requests, nodes)
     if missing is not None:
         raise ConfigError(missing)
+
+
+def await_room(requests: Sequence[tuple[str, Bundle]], timeout_s: float) -> None:
+    """Wait until all of ``requests`` could be placed at once beside what runs already.
+
+    They are reserved together, as one placement group, and given back for the actors to take.
+
+    Raises:
+        ConfigError: other work still had the room after ``timeout_s``; says what is free.
+    """
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    bundles = [dict(bundle) for _, bundle in requests if bundle]
+    if not bundles:
+        return
+    group = placement_group(bundles)
+    try:
+        if group.wait(math.ceil(timeout_s)):  # it takes whole seconds
+            return
+        free = ray.available_resources()
+        asked = Counter((name, amounts(bundle)) for name, bundle in requests if bundle)
+        needs = ", ".join(f"{name} {count} x ({each})" for (name, each), count in asked.items())
+        left = {
+            key: free.get(key, 0.0) for key in sorted({key for each in bundles for key in each})
+        }
+        raise ConfigError(
+            f"no room for the plan within {timeout_s:g} s: waiting for {needs}; free in the "
+            f"cluster: {amounts(left)}"
+        )
+    finally:
+        remove_placement_group(group)
 
 
 def missing_resources(
@@ -169,10 +208,26 @@ def _join(address: str) -> None:
         host, colon, port = address.rpartition(":")
         if colon:  # Ray itself goes on trying for many minutes
             socket.create_connection((host, int(port)), timeout=_CONNECT_TIMEOUT_S).close()
-        ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
-    except (OSError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+    except (OSError, ValueError) as error:
         reason = first_line(error)
         raise ConfigError(f"RAY_ADDRESS {address!r}: no Ray cluster there: {reason}") from error
+    try:
+        with environment_variables(_ASK_ONCE):
+            ray.init(address=address, log_to_driver=False, logging_level=logging.WARNING)
+    except Exception as error:  # Ray raises errors of many kinds, plain ones too
+        raise ConfigError(
+            f"RAY_ADDRESS {address!r}: could not join a Ray cluster there: {_reason(error)}"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What Ray has against it, on one line; it puts causes behind each other and tracebacks in."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip()
+    if "Traceback (most recent call last)" in text:
+        text = text.splitlines()[-1]
+    return " ".join(text.split()) or type(error).__name__
 
 
 @contextlib.contextmanager

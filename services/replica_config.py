@@ -32,7 +32,9 @@ class ReplicaConfig(BaseModel):
     num_replicas: int = Field(1, ge=1, description="replicas; the fewest when autoscaling")
     max_replicas: int | None = Field(None, description="autoscale up to this many; None: never")
     num_cpus: float = Field(1.0, ge=0, description="CPUs reserved for a replica")
-    num_gpus: float = Field(0.0, ge=0, description="GPUs reserved for a replica; 0 runs on CPU")
+    num_gpus: float = Field(
+        0.0, ge=0, le=1, description="share of a GPU reserved for a replica; 0 runs on CPU"
+    )
     resources: CustomResources = Field({}, description="custom resources reserved for a replica")
     torch_threads: int = Field(1, ge=1, description="CPU threads of a replica's forward pass")
 

@@ -1,30 +1,25 @@
-"""Scores from Ray Serve for rollout actors: deadlines, bounded retries, nothing invented."""
+"""Scores from score services for rollout actors: deadlines, bounded retries, nothing invented."""
 
 import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
-import ray
 from pydantic import BaseModel, ConfigDict, Field
-from ray import serve
-from ray.exceptions import RayError, RayTaskError
-from ray.serve.exceptions import RayServeException
-from ray.serve.handle import DeploymentHandle
 from tenacity import (
     RetryCallState,
     Retrying,
-    retry_if_exception,
+    retry_if_exception_type,
     stop_after_attempt,
     stop_before_delay,
     wait_random_exponential,
 )
 
 from envs.in_process_scorer import finite_or_nan
-from mara_rl.errors import ConfigError, DataError, MaraError, RetryableError
+from mara_rl.errors import ConfigError, DataError, RetryableError
+from services.score_sources import ScoreSource, score_source
 
 logger = logging.getLogger(__name__)
 
@@ -34,10 +29,10 @@ class ScoreClientConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    apps: dict[str, str] = Field(
+    sources: dict[str, str] = Field(
         {"reward": "reward", "cost": "cost"},
         min_length=1,
-        description="score name to the Serve application that gives it",
+        description="score name to what gives it: a Serve application, or a score service's URL",
     )
     deadline_s: float = Field(120.0, gt=0, description="time for one `score` call, retries and all")
     max_attempts: int = Field(3, ge=1, description="attempts for each score within the deadline")
@@ -48,7 +43,7 @@ class ScoreClientConfig(BaseModel):
 
 
 class ScoreClient:
-    """`envs.protocols.Scorer` over Serve applications; picklable, connects on first use.
+    """`envs.protocols.Scorer` over score services; picklable, connects on first use.
 
     The scores are asked for in parallel, each with one list call. An attempt that fails because a
     replica died, was overloaded or did not answer is repeated; attempt i of n may take
@@ -62,10 +57,10 @@ class ScoreClient:
     """
 
     def __init__(self, config: ScoreClientConfig) -> None:
-        self.names = tuple(config.apps)
+        self.names = tuple(config.sources)
         self.counters: Counter[str] = Counter()
         self._config = config
-        self._handles: dict[str, DeploymentHandle] = {}
+        self._sources: dict[str, ScoreSource] = {}
 
     def __reduce__(self) -> tuple[type["ScoreClient"], tuple[ScoreClientConfig]]:
         return ScoreClient, (self._config,)
@@ -79,18 +74,18 @@ class ScoreClient:
         Raises:
             RetryableError: a score did not come within the deadline; with ``partial``, none did.
             DataError: a model failed on these pairs or gave a wrong number of scores.
-            ConfigError: there is no Ray, no Serve or no such application to ask.
+            ConfigError: there is no Ray, no such application or no key to ask with.
         """
         scores = np.full((len(pairs), len(self.names)), np.nan)
         if not pairs:
             return scores
         self.counters.update(calls=1, pairs=len(pairs))
-        handles = [self._handle(name) for name in self.names]
+        sources = [self._source(name) for name in self.names]
         failures: list[str] = []
-        with ThreadPoolExecutor(len(handles)) as pool:
+        with ThreadPoolExecutor(len(sources)) as pool:
             answers = [
-                pool.submit(self._ask, name, handle, list(pairs))
-                for name, handle in zip(self.names, handles, strict=True)
+                pool.submit(self._ask, name, source, list(pairs))
+                for name, source in zip(self.names, sources, strict=True)
             ]
         for column, (name, answer) in enumerate(zip(self.names, answers, strict=True)):
             try:
@@ -105,27 +100,22 @@ class ScoreClient:
             raise RetryableError("; ".join(failures))
         return scores
 
-    def _handle(self, name: str) -> DeploymentHandle:
-        if name not in self._handles:
-            app = self._config.apps[name]
-            if not ray.is_initialized():
-                raise ConfigError(f"score {name!r}: not connected to Ray, which serves app {app!r}")
+    def _source(self, name: str) -> ScoreSource:
+        if name not in self._sources:
             try:
-                self._handles[name] = serve.get_app_handle(app)
-            except RayServeException as error:
-                raise ConfigError(
-                    f"score {name!r}: no Serve application {app!r}: {error}"
-                ) from error
-        return self._handles[name]
+                self._sources[name] = score_source(self._config.sources[name])
+            except ConfigError as error:
+                raise ConfigError(f"score {name!r}: {error}") from error
+        return self._sources[name]
 
-    def _ask(self, name: str, handle: DeploymentHandle, pairs: list[tuple[str, str]]) -> Any:
+    def _ask(self, name: str, source: ScoreSource, pairs: list[tuple[str, str]]) -> Sequence[float]:
         config = self._config
 
         def count_retry(_: RetryCallState) -> None:
             self.counters[f"retries/{name}"] += 1
 
         retrying = Retrying(
-            retry=retry_if_exception(_may_succeed_later),
+            retry=retry_if_exception_type(RetryableError),
             stop=stop_after_attempt(config.max_attempts) | stop_before_delay(config.deadline_s),
             wait=wait_random_exponential(multiplier=config.backoff_s, max=config.deadline_s),
             before_sleep=count_retry,
@@ -136,34 +126,7 @@ class ScoreClient:
             for attempt in retrying:
                 with attempt:
                     attempts_left = config.max_attempts - attempt.retry_state.attempt_number + 1
-                    return _call(handle, pairs, (deadline_s - time.monotonic()) / attempts_left)
-        except (RayError, RayServeException, RetryableError) as error:
-            reason = f"score {name!r} from app {config.apps[name]!r}: {_one_line(error)}"
-            kind = RetryableError if _may_succeed_later(error) else DataError
-            raise kind(reason) from error
+                    return source.ask(pairs, (deadline_s - time.monotonic()) / attempts_left)
+        except (DataError, RetryableError) as error:
+            raise type(error)(f"score {name!r} from {source}: {error}") from error
         raise AssertionError("tenacity ends by a return or an exception")
-
-
-def _call(handle: DeploymentHandle, pairs: list[tuple[str, str]], timeout_s: float) -> Any:
-    response = handle.score.remote(pairs)
-    try:
-        return response.result(timeout_s=timeout_s)
-    except TimeoutError as error:
-        response.cancel()
-        raise RetryableError(f"no answer within {timeout_s:.3g} s") from error
-
-
-def _may_succeed_later(error: BaseException) -> bool:
-    """A dead, overloaded or unreachable replica may recover; a model that raised would again."""
-    if isinstance(error, RayTaskError):
-        return isinstance(error.cause, RetryableError)
-    return isinstance(error, RayError | RayServeException | RetryableError)
-
-
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, RayTaskError):
-        error = error.cause
-    if isinstance(error, MaraError):  # a sentence for the user already
-        return str(error)
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -159,13 +159,18 @@ def delete_scores(names: Iterable[str]) -> None:
 
 def score_application(config: ScoreServiceConfig) -> serve.Application:
     """The Serve application of one score; also what an ``import_path`` may name."""
+    return score_deployment(ScoreService, config).bind(config)
+
+
+def score_deployment(service: type[ScoreService], config: ScoreServiceConfig) -> serve.Deployment:
+    """The deployment of ``service``, to be bound to the config."""
     deployment = serve.deployment(
         # Calls, of one pair at the least: one batch in the model and the next one gathering.
         max_ongoing_requests=2 * config.max_batch_size,
         graceful_shutdown_timeout_s=5.0,  # calls cut off are repeated by their client
         **config.deployment_options(),
     )
-    return deployment(ScoreService).bind(config)
+    return deployment(service)
 
 
 def deployed_score(name: str) -> ScoreServiceConfig | None:

@@ -26,7 +26,10 @@ app.add_typer(rewards.app, name="rewards")
 
 
 def main() -> None:
-    """Run the command line. Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    """Run the command line.
+
+    Exit status: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 training ended by SIGTERM.
+    """
     try:
         app()
     except (MaraError, OSError) as error:  # OSError: a full disk, a folder not to be written, …

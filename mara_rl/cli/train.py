@@ -52,15 +52,15 @@ def train(
     if run_name is not None and done is not None:
         display.line(f"done before: {done.agent_uri}")
         return
-    from mara_rl.training.train import Interrupted
+    from mara_rl.training.stop_request import Interrupted
     from mara_rl.training.train import train as run
 
     with folder.claimed():
         try:
             run(settings, folder, display, single_node=single_node)
-        except Interrupted:
+        except Interrupted as stopped:
             display.line(f"interrupted: continue with `mara-rl train --resume {folder.name}`")
-            raise
+            raise typer.Exit(stopped.status) from stopped
         except MaraError:
             if resume is None and not folder.checkpoints.exists():
                 remove_folder(folder.path)  # nothing began: there is nothing to resume

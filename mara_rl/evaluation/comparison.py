@@ -24,6 +24,19 @@ class JudgedAnswers:
         )
 
 
+def unscored(*systems: Mapping[str, np.ndarray]) -> dict[int, str]:
+    """The answers (by index) that one of these scores by axis, each (N,), is not finite for.
+
+    With the axis, of several the first.
+    """
+    found: dict[int, str] = {}
+    for scores in systems:
+        for axis, values in scores.items():
+            for row in np.flatnonzero(~np.isfinite(values)):
+                found.setdefault(int(row), axis)
+    return dict(sorted(found.items()))
+
+
 def rates(
     aligned: JudgedAnswers, base: JudgedAnswers, *, seed: int = 0
 ) -> dict[str, PreferenceRate]:

@@ -10,18 +10,23 @@ import numpy as np
 
 from mara_rl.decoding.answer import DecodedAnswer
 from mara_rl.errors import DataError
-from mara_rl.evaluation.comparison import JudgedAnswers, examples, summary
+from mara_rl.evaluation.comparison import JudgedAnswers, examples, summary, unscored
 from mara_rl.preference import PreferenceRate, result_line
 from mara_rl.text_quality import is_degenerate
 
 
 @dataclass(frozen=True)
 class HeldoutResult:
-    """The figures by kind of prompt, and the rates they rest on."""
+    """The figures by kind of prompt, and the rates they rest on.
+
+    Attributes:
+        left_out: index of each prompt that is not in them, with the axis of the missing score.
+    """
 
     figures: dict[str, Any]
     both: PreferenceRate
     example_rows: dict[str, int]
+    left_out: dict[int, str]
 
     def metrics(self) -> dict[str, float]:
         """The figures as flat metrics, e.g. ``eval/all/both/rate``."""
@@ -61,20 +66,27 @@ def compare_heldout(
         score_scales: standard deviation of each score on base answers.
         kl_answers: answers sampled from the agent, whose ``kl`` estimates its KL to the base LLM.
 
-    Raises DataError when a score is missing: an answer without a score is not a tie.
+    A prompt one of whose scores is not finite is left out: an answer without a score is no tie.
+    Raises DataError when that leaves none.
     """
-    for axis, pair in scores.items():
-        for system, values in zip(("aligned", "base"), pair, strict=True):
-            if not np.isfinite(values).all():
-                row = int(np.flatnonzero(~np.isfinite(values))[0])
-                raise DataError(f"score {axis!r} of {system} answer {row}: {values[row]}")
-    systems = _judged(aligned, base, scores)
-    figures: dict[str, Any] = summary(
-        *systems,
-        kinds,
-        judged=_judged(aligned, base, judge_scores) if judge_scores else None,
-        seed=seed,
+    left_out = unscored(
+        *(
+            {axis: pair[system] for axis, pair in judges.items()}
+            for judges in (scores, judge_scores)
+            for system in (0, 1)
+        )
     )
+    rows = np.array([row for row in range(len(aligned)) if row not in left_out], dtype=int)
+    if not len(rows):
+        raise DataError(f"none of the {len(aligned)} held-out prompts has all its scores")
+    first, second = _judged(aligned, base, scores)
+    systems = first.subset(rows), second.subset(rows)
+    judged = None
+    if judge_scores:
+        first, second = _judged(aligned, base, judge_scores)
+        judged = first.subset(rows), second.subset(rows)
+    figures: dict[str, Any] = summary(*systems, [kinds[i] for i in rows], judged=judged, seed=seed)
+    figures["left_out"] = len(left_out)
     tokens = sum(len(a.token_ids) for a in kl_answers)
     if tokens:
         figures["kl_per_token"] = sum(a.kl for a in kl_answers) / tokens
@@ -83,7 +95,8 @@ def compare_heldout(
     )
     figures["degenerate_share"] = float(np.mean([is_degenerate(a.text) for a in aligned]))
     both = PreferenceRate(**figures["all"]["rates"]["both"])
-    return HeldoutResult(figures, both, examples(*systems, score_scales))
+    shown = {name: int(rows[i]) for name, i in examples(*systems, score_scales).items()}
+    return HeldoutResult(figures, both, shown, left_out)
 
 
 def report(
@@ -129,7 +142,10 @@ def save_heldout(
     aligned: Sequence[DecodedAnswer],
     scores: Mapping[str, tuple[np.ndarray, np.ndarray]],
 ) -> None:
-    """Write ``summary.json`` and ``answers.jsonl`` into a folder that exists."""
+    """Write ``summary.json`` and ``answers.jsonl`` into a folder that exists.
+
+    A score that is not finite is null; prompts that were left out are there as well.
+    """
     rows = [
         {
             "id": prompt_id,
@@ -138,7 +154,7 @@ def save_heldout(
             "base": base[i].text,
             "aligned": aligned[i].text,
             "scores": {
-                axis: {"base": float(b[i]), "aligned": float(a[i])}
+                axis: {"base": _finite_or_none(b[i]), "aligned": _finite_or_none(a[i])}
                 for axis, (a, b) in scores.items()
             },
         }
@@ -160,6 +176,10 @@ def _judged(
         JudgedAnswers([a.text for a in aligned], first),
         JudgedAnswers([a.text for a in base], second),
     )
+
+
+def _finite_or_none(score: float) -> float | None:
+    return float(score) if np.isfinite(score) else None
 
 
 def _one_line(text: str) -> str:

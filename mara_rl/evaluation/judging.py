@@ -175,7 +175,7 @@ class _ServedScores:
     def __init__(self, app: str) -> None:
         from services.score_client import ScoreClient, ScoreClientConfig
 
-        self._client = ScoreClient(ScoreClientConfig(apps={"score": app}))
+        self._client = ScoreClient(ScoreClientConfig(sources={"score": app}))
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> Sequence[float]:
         return self._client.score(pairs)[:, 0].tolist()

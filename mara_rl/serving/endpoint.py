@@ -85,7 +85,7 @@ def _backend(config: EndpointConfig) -> Backend:
     if config.score_apps:
         scorer = ScoreClient(
             ScoreClientConfig(
-                apps=config.score_apps, deadline_s=config.score_timeout_s, partial=True
+                sources=config.score_apps, deadline_s=config.score_timeout_s, partial=True
             )
         )
     loop = DecodeLoop(

@@ -40,12 +40,14 @@ class PromotionEvidence(BaseModel):
     @classmethod
     def from_rate(
         cls,
-        rate: PreferenceRate,
+        rate: PreferenceRate | None,
         *,
         against: Literal["base", "champion"],
         champion_version: int | None = None,
     ) -> "PromotionEvidence":
-        """Evidence from a comparison on the same prompts."""
+        """Evidence from a comparison on the same prompts; None where there was no figure."""
+        if rate is None:
+            return cls(against=against, champion_version=champion_version)
         return cls(
             rate=rate.rate,
             low=rate.low,

@@ -91,6 +91,24 @@ class AgentRegistry:
             self._client.set_registered_model_alias(model_name, CANDIDATE, created.version)
         return int(created.version)
 
+    def registered(self, model_name: str, *, run_id: str, sha256: str) -> int | None:
+        """The version with these weights that a run registered before it was cut off, if it did.
+
+        Its tag ``sha256`` tells (see `source_tags`). It is made ``candidate`` where the run came to
+        its end before that, unless a newer version is.
+        """
+        with mlflow_calls(self.uri):
+            page = self._client.search_model_versions(
+                f"name = '{model_name}' and run_id = '{run_id}'"
+            )
+            versions = [int(v.version) for v in page if v.tags.get("sha256") == sha256]
+            if not versions:
+                return None
+            version = max(versions)
+            if self._aliases(model_name).get(CANDIDATE, 0) < version:
+                self._client.set_registered_model_alias(model_name, CANDIDATE, str(version))
+        return version
+
     def resolve(self, ref: str) -> Agent:
         """The agent ``ref`` names, on the CPU.
 
@@ -265,9 +283,12 @@ def model_name_for(llm_name: str) -> str:
     return f"mara-{name}"
 
 
-def source_tags(*, llm: str, seed: int, run_id: str) -> dict[str, str]:
-    """Tags that say where a version came from, the git commit of this code included if known."""
-    tags = {"llm": llm, "seed": str(seed), "run_id": run_id}
+def source_tags(*, llm: str, seed: int, run_id: str, sha256: str) -> dict[str, str]:
+    """Tags that say where a version came from, the git commit of this code included if known.
+
+    ``sha256`` is the agent's own, as `agent_sha256` gives it.
+    """
+    tags = {"llm": llm, "seed": str(seed), "run_id": run_id, "sha256": sha256}
     here = Path(__file__)
     # An installed package may lie inside a repository that is not its own.
     if shutil.which("git") and _git("ls-files", "--error-unmatch", here.name).returncode == 0:

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from importlib import resources
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -61,6 +62,16 @@ class ScoreConfig(ScoreServiceConfig):
         description="a Serve application that hosts the model already, for several runs; None: the "
         "run starts its own, with the replicas named here",
     )
+    url: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s/?#]+[^\s?#]*$",
+        description="the same, by the URL of a score service that asks for a key (MARA_SCORE_KEY)",
+    )
+
+    @property
+    def shared(self) -> str | None:
+        """The application or URL that is there already, None where the run starts its own."""
+        return self.app or self.url
 
 
 class ScoringConfig(Section):
@@ -83,7 +94,7 @@ class RolloutsConfig(Section):
     prefill_chunk_tokens: int = Field(512, ge=1)
     state_dtype: StateDType = "float16"
     num_cpus: float = Field(1.0, ge=0, description="CPUs per runner")
-    num_gpus: float = Field(0.0, ge=0, description="GPUs per runner")
+    num_gpus: float = Field(0.0, ge=0, le=1, description="share of a GPU per runner")
     resources: CustomResources = Field({}, description="custom resources per runner")
     torch_threads: int | None = Field(None, ge=1)
     sample_timeout_s: float = Field(
@@ -92,7 +103,9 @@ class RolloutsConfig(Section):
     probe_timeout_s: float = Field(
         30.0, gt=0, description="how long an iteration waits for a runner that is starting again"
     )
-    placement_timeout_s: float = Field(120.0, gt=0)
+    placement_timeout_s: float = Field(
+        120.0, gt=0, description="longest wait for room for actors, and for score services"
+    )
 
 
 class LearnerConfig(Section):
@@ -100,7 +113,7 @@ class LearnerConfig(Section):
 
     num_learners: int = Field(0, ge=0)
     num_cpus: float = Field(1.0, ge=0, description="CPUs per remote learner")
-    num_gpus: float = Field(0.0, ge=0, description="GPUs per learner")
+    num_gpus: float = Field(0.0, ge=0, le=1, description="share of a GPU per learner")
     resources: CustomResources = Field({}, description="custom resources per remote learner")
 
 
@@ -210,6 +223,14 @@ class TrainConfig(Section):
     def _consistent(self) -> "TrainConfig":
         if not any(score.weight for score in self.scores.values()):
             raise ValueError("scores: every weight is 0; expected at least one that is not")
+        for name, score in self.scores.items():
+            if score.app is not None and score.url is not None:
+                raise ValueError(f"scores.{name}: app and url are both set; expected one of them")
+            if score.url is not None and "@" in urlsplit(score.url).netloc:
+                raise ValueError(
+                    f"scores.{name}.url: names a user or password; expected none in a config, and "
+                    "the key in MARA_SCORE_KEY"
+                )
         if self.warm_start and self.agent.head == "paper":
             raise ValueError("warm_start: needs an agent.head anchored to the LLM, not 'paper'")
         if self.warm_start and self.warm_start.answers < 8 * self.warm_start.rounds:

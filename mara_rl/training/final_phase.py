@@ -1,15 +1,17 @@
 """Last phase: the agent against the base LLM on held-out prompts, then the registry."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from mara_rl.agent import Agent
+from mara_rl.agent_files import agent_sha256, load_agent
 from mara_rl.decoding.answer import DecodedAnswer
 from mara_rl.display import Display, Phase
-from mara_rl.evaluation.comparison import JudgedAnswers, rates
+from mara_rl.evaluation.comparison import JudgedAnswers, rates, unscored
 from mara_rl.evaluation.heldout import HeldoutResult, compare_heldout, report, save_heldout
+from mara_rl.preference import PreferenceRate
 from mara_rl.score_models.loading import load_score_model
 from mara_rl.tracking.promotion import PromotionEvidence
 from mara_rl.tracking.registry import AgentRegistry, model_name_for, source_tags
@@ -21,6 +23,8 @@ from mara_rl.training.run_folder import RunFolder
 from mara_rl.training.session import Session
 from services.prompt_files import PromptRecord
 from services.score_client import ScoreClient
+
+_NAMED = 5  # prompts left out, on a line
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,10 @@ class HeldoutEvaluation:
     def compare(
         self, agent: Agent, aligned: SystemAnswers, folder: RunFolder, scales: dict[str, float]
     ) -> HeldoutResult:
-        """Compare with the base LLM, print the report and save it in the run's folder."""
+        """Compare with the base LLM, print the report and save it in the run's folder.
+
+        Prompts one of whose scores is not finite are left out and named on a line.
+        """
         base = self.answers("base", None)
         judged = {
             axis: (self._judge(name, aligned), self._judge(name, base))
@@ -93,7 +100,33 @@ class HeldoutEvaluation:
         ids = [prompt.prompt_id for prompt in self._prompts]
         save_heldout(folder.evaluation, result, ids, kinds, base.answers, aligned.answers, scores)
         self._display.line(f"\n{report(result, base.answers, aligned.answers)}\n")
+        self._tell_of(result.left_out, "the base LLM")
         return result
+
+    def rate_against(
+        self, champion: Agent, version: int, aligned: SystemAnswers
+    ) -> PreferenceRate | None:
+        """The net rate over the champion on both axes; None where no prompt has all its scores.
+
+        Prompts are left out as in `compare`.
+        """
+        theirs = self.answers(f"champion (version {version})", champion)
+        left_out = unscored(aligned.scores, theirs.scores)
+        self._tell_of(left_out, "the champion")
+        rows = np.array([i for i in range(len(self._texts)) if i not in left_out], dtype=int)
+        if not len(rows):
+            return None
+        ours, other = aligned.judged().subset(rows), theirs.judged().subset(rows)
+        return rates(ours, other, seed=self._config.seed)["both"]
+
+    def _tell_of(self, left_out: Mapping[int, str], other: str) -> None:
+        if left_out:
+            named = [f"{self._prompts[row].prompt_id!r} ({axis})" for row, axis in left_out.items()]
+            more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+            self._display.line(
+                f"{len(left_out)} of {len(self._prompts)} held-out prompts are left out of the "
+                f"comparison with {other}, a score is not finite: {', '.join(named[:_NAMED])}{more}"
+            )
 
     def _judge(self, name: str, system: SystemAnswers) -> np.ndarray:
         with self._display.phase("independent judges", total=1):
@@ -134,28 +167,33 @@ def register(
     """Register the agent as `candidate` and try for `champion`; its ``models:/`` URI.
 
     The gate is the comparison with the base LLM where there is no champion yet, else one with the
-    champion on the same prompts.
+    champion on the same prompts. What a run registered before it was cut off is not registered
+    again.
     """
     registry = AgentRegistry(session.tracking_uri)
     name = config.registry.model_name or model_name_for(config.llm.name)
-    tags = source_tags(llm=config.llm.name, seed=config.seed, run_id=tracking.run_id)
+    sha256 = agent_sha256(load_agent(folder.agent))
+    version = registry.registered(name, run_id=tracking.run_id, sha256=sha256)
+    tags = source_tags(llm=config.llm.name, seed=config.seed, run_id=tracking.run_id, sha256=sha256)
     evidence = None
     if result is not None and aligned is not None and evaluation is not None:
         evidence = PromotionEvidence.from_rate(result.both, against="base")
         champion = registry.champion(name)
-        if champion is not None and config.registry.promote:
+        if champion not in (None, version) and config.registry.promote:
             reigning = registry.resolve(f"models:/{name}/{champion}")
-            theirs = evaluation.answers(f"champion (version {champion})", reigning)
-            rate = rates(aligned.judged(), theirs.judged(), seed=config.seed)["both"]
+            rate = evaluation.rate_against(reigning, champion, aligned)
             evidence = PromotionEvidence.from_rate(
                 rate, against="champion", champion_version=champion
             )
         tags = {**tags, **evidence.tags()}
-    with display.phase("registering the agent", total=1):
-        version = registry.register(
-            name, tracking.log_agent(folder.agent), {**tags, "run": folder.name}
-        )
-    display.line(f"registered models:/{name}@candidate (version {version})")
+    if version is not None:
+        display.line(f"registered before: models:/{name}/{version}")
+    else:
+        with display.phase("registering the agent", total=1):
+            version = registry.register(
+                name, tracking.log_agent(folder.agent), {**tags, "run": folder.name}
+            )
+        display.line(f"registered models:/{name}@candidate (version {version})")
     if config.registry.promote and evidence is not None:
         display.line(registry.promote(name, version, evidence=evidence).line)
     return f"models:/{name}/{version}"

@@ -11,10 +11,10 @@ def queue_name(config: TrainConfig, run: str, mlflow_run_id: str) -> str:
     return config.prompts.queue or f"{run}-{mlflow_run_id[:8]}"
 
 
-def score_apps(config: TrainConfig, run: str, *, shared_cluster: bool) -> dict[str, str]:
-    """The Serve application of each score: a shared one, or the run's own.
+def score_sources(config: TrainConfig, run: str, *, shared_cluster: bool) -> dict[str, str]:
+    """What gives each score: a shared application or URL, or the run's own application.
 
     A cluster of the run's own has one run; on others a run must not replace another's services.
     """
     own = f"{run}-" if shared_cluster else ""
-    return {name: score.app or f"{own}{name}" for name, score in config.scores.items()}
+    return {name: score.shared or f"{own}{name}" for name, score in config.scores.items()}

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from mara_rl.errors import ConfigError
 from mara_rl.tracking.store import tracking_uri
 from mara_rl.training.config import TrainConfig
-from mara_rl.training.run_names import score_apps
+from mara_rl.training.run_names import score_sources
 from services.prompt_source import PromptSourceConfig
-from services.ray_session import check_resources, ray_session
+from services.ray_session import await_room, check_resources, ray_session
 from services.redis_server import redis_url
 from services.replica_config import resource_bundle
 from services.score_client import ScoreClientConfig
 from services.score_service import ScoreServiceConfig, check_hosts, delete_scores, deploy_scores
+from services.score_sources import check_url
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ def training_session(config: TrainConfig, run: str, *, single_node: bool) -> Ite
 
     Raises ConfigError naming what is missing before anything heavy starts: the resource plan is
     checked against the cluster first. On a cluster that others share, the score services bear the
-    run's name and are deleted at the end; those named by ``scores.<name>.app`` are left alone.
+    run's name and are deleted at the end; those named by ``scores.<name>.app`` or ``url``
+    are left alone.
     """
     with ray_session() as ray, contextlib.ExitStack() as closing:
         alone = ray.owns_cluster or single_node
@@ -44,18 +46,23 @@ def training_session(config: TrainConfig, run: str, *, single_node: bool) -> Ite
         check_resources(resource_plan(config))
         with redis_url(allow_embedded=alone) as url:
             uri = tracking_uri(allow_local=alone)
-            apps = score_apps(config, run, shared_cluster=not ray.owns_cluster)
+            sources = score_sources(config, run, shared_cluster=not ray.owns_cluster)
             services = {
-                apps[name]: ScoreServiceConfig(**score.model_dump(exclude={"weight", "app"}))
+                sources[name]: ScoreServiceConfig(
+                    **score.model_dump(include=set(ScoreServiceConfig.model_fields))
+                )
                 for name, score in config.scores.items()
-                if score.app is None
+                if score.shared is None
             }
             for score in config.scores.values():
                 if score.app is not None:
                     check_hosts(score.app, score.model)
+                if score.url is not None:
+                    check_url(score.url, score.model)
             deploy_scores(services, ready_timeout_s=config.rollouts.placement_timeout_s)
             if not ray.owns_cluster:
                 closing.callback(delete_scores, services)
+            await_room(actor_plan(config), config.rollouts.placement_timeout_s)
             yield Session(
                 prompts=PromptSourceConfig(
                     url=url,
@@ -67,7 +74,7 @@ def training_session(config: TrainConfig, run: str, *, single_node: bool) -> Ite
                     prefetch=config.rollouts.num_slots,
                 ),
                 scores=ScoreClientConfig(
-                    apps=apps,
+                    sources=sources,
                     deadline_s=config.scoring.deadline_s,
                     max_attempts=config.scoring.max_attempts,
                 ),
@@ -80,12 +87,16 @@ def resource_plan(config: TrainConfig) -> list[tuple[str, dict[str, float]]]:
     plan = [
         (name, score.bundle)
         for name, score in config.scores.items()
-        if score.app is None
+        if score.shared is None
         for _ in range(score.num_replicas)
     ]
+    return plan + actor_plan(config)
+
+
+def actor_plan(config: TrainConfig) -> list[tuple[str, dict[str, float]]]:
+    """The part of it that RLlib starts: rollout actors and remote learners."""
     rollouts, learner = config.rollouts, config.learner
     runner = resource_bundle(rollouts.num_cpus, rollouts.num_gpus, rollouts.resources)
-    plan += [("runners", runner)] * rollouts.num_runners
     remote = resource_bundle(learner.num_cpus, learner.num_gpus, learner.resources)
-    plan += [("learners", remote)] * learner.num_learners
-    return plan
+    runners = [("runners", runner)] * rollouts.num_runners
+    return runners + [("learners", remote)] * learner.num_learners

@@ -13,7 +13,7 @@ from mara_rl.errors import ConfigError, MaraError, first_line
 from mara_rl.training.checkpoint import STATE_FILE, TrainState, checkpoints_in
 from mara_rl.training.config import TrainConfig
 from mara_rl.training.run_folder import RunFolder, RunOutcome
-from mara_rl.training.run_names import queue_name, score_apps
+from mara_rl.training.run_names import queue_name, score_sources
 from services.prompt_queue import PromptQueue, QueueStatus
 
 _MLFLOW_TIMEOUT_S = 10
@@ -218,7 +218,7 @@ def _ray(config: TrainConfig, run: str) -> RayStatus:
         applications = ServeSubmissionClient(address).get_serve_details()["applications"]
     except (RayError, RayStateApiException, RuntimeError, ValueError, OSError) as error:
         raise ConfigError(f"no answer from Ray's dashboard: {first_line(error)}") from error
-    apps = score_apps(config, run, shared_cluster=True).values()
+    apps = score_sources(config, run, shared_cluster=True).values()
     return RayStatus(
         jobs=[
             JobStatus(

@@ -2,9 +2,8 @@
 
 import contextlib
 import logging
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +33,7 @@ from mara_rl.training.rollout_group import RolloutGroup, derived_seed, seed_ever
 from mara_rl.training.run_folder import RunFolder, RunOutcome, remove_folder
 from mara_rl.training.run_names import EXPERIMENT, queue_name
 from mara_rl.training.session import Session, training_session
+from mara_rl.training.stop_request import Interrupted, StopRequest
 from services.prompt_files import PromptRecord, load_prompts
 from services.prompt_queue import PromptQueue
 from services.prompt_source import PromptSourceConfig
@@ -43,10 +43,6 @@ from services.score_client import ScoreClient
 _MAX_RESTARTS = 3  # without a new checkpoint in between
 _RESTART_WAIT_S = 20.0
 _RETRY_WAIT_S = 2.0
-
-
-class Interrupted(KeyboardInterrupt):
-    """The user pressed Ctrl-C; what training had done by then is in a checkpoint."""
 
 
 def train(
@@ -59,8 +55,8 @@ def train(
     """Run or resume (from the folder's newest whole checkpoint) a training run to its end.
 
     When the learner or the queue is lost on the way, it goes back to the newest checkpoint itself.
-    Raises MaraError with a one-line reason, or `Interrupted` after Ctrl-C, with a checkpoint saved
-    where training had begun.
+    Raises MaraError with a one-line reason, or `Interrupted` after Ctrl-C or SIGTERM, with a
+    checkpoint saved where training had begun.
     """
     train_prompts = load_prompts(config.prompts.train, "train")
     heldout_prompts = []
@@ -75,11 +71,12 @@ def train(
     for name in ("ray.rllib", "ray.tune", "ray._common.deprecation"):
         logging.getLogger(name).setLevel(logging.ERROR)
     resumed = load_newest_checkpoint(folder.checkpoints)
-    with _interrupts(display) as check_interrupt, contextlib.ExitStack() as stack:
+    with StopRequest(display) as stop, contextlib.ExitStack() as stack:
         with display.phase("starting services", total=1):
             session = stack.enter_context(
                 training_session(config, folder.name, single_node=single_node)
             )
+            stop.listen()
             tracking = stack.enter_context(
                 TrackingRun.start(
                     session.tracking_uri,
@@ -100,7 +97,7 @@ def train(
             session,
             tracking,
             display,
-            check_interrupt,
+            stop.check,
         )
         resumes = resumed[0].restarts if resumed else 0
         restarts, saved = 0, -1
@@ -120,7 +117,7 @@ def train(
                 state.restarts = resumes
                 display.line(f"{error}; going back to checkpoint {saved}")
                 time.sleep(_RESTART_WAIT_S * (restarts - 1))
-                check_interrupt()
+                stop.check()
 
 
 @dataclass(frozen=True)
@@ -276,26 +273,3 @@ def _metadata(config: TrainConfig, folder: RunFolder, state: TrainState) -> dict
         "score_scales": state.score_scales,
         "system": config.llm.system,
     }
-
-
-@contextlib.contextmanager
-def _interrupts(display: Display) -> Iterator[Callable[[], None]]:
-    """Ctrl-C asks to stop at the next safe point; a second one stops at once."""
-    asked = False
-
-    def on_interrupt(signum: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
-            raise KeyboardInterrupt
-        asked = True
-        display.line("stopping at the next safe point; press Ctrl-C again to stop at once")
-
-    def check() -> None:
-        if asked:
-            raise Interrupted
-
-    before = signal.signal(signal.SIGINT, on_interrupt)
-    try:
-        yield check
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -115,6 +116,24 @@ def test_status_tells_of_job_queue_checkpoint_and_metrics(
     assert "no answer from Ray's dashboard: " in status["unreachable"]["Ray"]
 
 
+@pytest.mark.parametrize(
+    ("token", "version", "reason"),
+    [("0" * 64, None, "AuthenticationError: "), (None, "2.0.0", "Version mismatch: .* Ray: 2.0.0")],
+)
+def test_a_cluster_that_does_not_let_it_in_ends_a_run_in_one_line(
+    cluster: LocalCluster, token: str | None, version: str | None, reason: str
+) -> None:
+    script = f"import ray; ray.__version__ = {version!r} or ray.__version__\n"
+    script += "from mara_rl.cli.app import main; main()"
+    secret = token or cluster.environment["RAY_AUTH_TOKEN"]
+    command = ["env", f"RAY_ADDRESS={cluster.gcs}", f"RAY_AUTH_TOKEN={secret}", sys.executable]
+    done = cluster.run(*command, "-c", script, "train", "deploy/smoke.yaml", "--run", "not-begun")
+    assert done.returncode == 1
+    expected = f"error: RAY_ADDRESS '{cluster.gcs}': could not join a Ray cluster there: .*{reason}"
+    assert re.match(expected, done.stderr.splitlines()[-1]), done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_a_run_that_is_done_ends_at_once_when_submitted_again(
     cluster: LocalCluster, trained: str
 ) -> None:
@@ -132,7 +151,26 @@ def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(
     again = cluster.run(SUBMIT, RUN, "deploy/smoke.yaml")
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"resumed {RUN} at iteration 1" in again.stdout
-    assert "registered models:/mara-smoke@candidate (version 2)" in again.stdout
+    assert "registered before: models:/mara-smoke/1" in again.stdout
+
+
+def test_a_job_that_is_stopped_saves_itself(cluster: LocalCluster, trained: str) -> None:
+    command = ["ray", "job", "submit", "--no-wait", "--submission-id", "stopped-1"]
+    command += ["--runtime-env", "deploy/runtime_env.yaml", "--working-dir", "."]
+    command += ["--", "mara-rl", "train", "deploy/smoke.yaml", "--run", "stopped"]
+    command += ["--set", "ppo.iterations=500", "--set", "checkpoint.every_iterations=500"]
+    submitted = cluster.run(*command)
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    deadline = time.monotonic() + 300
+    while not (status_of(cluster, "stopped")["tracking"] or {}).get("iteration"):
+        assert time.monotonic() < deadline, cluster.run("ray", "job", "logs", "stopped-1").stdout
+    assert cluster.run("ray", "job", "stop", "stopped-1").returncode == 0
+    log = cluster.run("ray", "job", "logs", "stopped-1").stdout
+    assert "interrupted: continue with `mara-rl train --resume stopped`" in log
+    status = status_of(cluster, "stopped")
+    assert status["state"] == "stopped"
+    assert status["checkpoint"]["iteration"] >= 1, "which is not one of every 500"
+    assert status["ray"]["services"] == {}
 
 
 def test_the_agent_is_served(cluster: LocalCluster, trained: str, tmp_path: Path) -> None:
@@ -141,6 +179,9 @@ def test_the_agent_is_served(cluster: LocalCluster, trained: str, tmp_path: Path
     config["http_options"] |= {"host": "127.0.0.1", "port": port}
     application = next(app for app in config["applications"] if app["name"] == "aligned")
     application["args"] |= {"num_replicas": 1, "max_replicas": None}  # four LLMs need more memory
+    scores = yaml.safe_load((ROOT / "deploy" / "scores.yaml").read_text())["applications"]
+    [keyed] = [app for app in scores if app["name"] == "reward"]
+    config["applications"].append(keyed | {"name": "keyed-reward"})
     path = tmp_path / "serve.yaml"
     path.write_text(yaml.safe_dump(config))
     down = cluster.run("serve", "shutdown", "-y", "-a", cluster.dashboard)
@@ -168,17 +209,23 @@ def test_the_agent_is_served(cluster: LocalCluster, trained: str, tmp_path: Path
     assert answer.system_fingerprint.startswith("mara-smoke/")
     assert set(answer.choices[0].mara["scores"]) == {"reward", "cost"}
 
-    # Its score services may serve runs as well, and stay when these end.
-    shared = ("--set", "scores.reward.app=reward", "--set", "scores.cost.app=cost")
+    # Its score services may serve runs as well, by name or by URL, and stay when these end.
+    url = f"http://127.0.0.1:{port}/reward"
+    shared = ("--set", f"scores.reward.url={url}", "--set", "scores.cost.app=cost")
     quick = ("--set", "evaluation=null")
     run = cluster.run(SUBMIT, "smoke-2", "deploy/smoke.yaml", *shared, *quick)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "registered models:/mara-smoke@candidate" in run.stdout
+    assert cluster.environment["MARA_SCORE_KEY"] not in run.stdout + run.stderr
     status = json.loads(cluster.run("mara-rl", "status", "smoke-2", "--json").stdout)
-    assert {app: found["status"] for app, found in status["ray"]["services"].items()} == {
-        "reward": "RUNNING",
-        "cost": "RUNNING",
-    }
+    services = {app: found["status"] for app, found in status["ray"]["services"].items()}
+    assert services == {"cost": "RUNNING"}
+    assert requests.get(f"{url}/v1/model", timeout=30).status_code == 401
+
+
+def status_of(cluster: LocalCluster, run: str) -> dict[str, Any]:
+    done = cluster.run("mara-rl", "status", run, "--json")
+    return json.loads(done.stdout) if done.returncode == 0 else {"tracking": None}
 
 
 def home(cluster: LocalCluster) -> Path:

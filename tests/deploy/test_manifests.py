@@ -28,6 +28,7 @@ DEPLOY = ROOT / "deploy"
 KUBERAY = sorted((DEPLOY / "kuberay").glob("*.yaml"))
 ARGS = {
     "services.score_service:score_application": ScoreServiceConfig,
+    "services.score_api:keyed_score_application": ScoreServiceConfig,
     "mara_rl.serving.application:application": EndpointConfig,
 }
 
@@ -101,7 +102,9 @@ def test_a_wrong_field_of_a_ray_job_is_found() -> None:
         check_manifest(job)
 
 
-@pytest.mark.parametrize("path", ["deploy/serve.yaml", "deploy/kuberay/rayservice.yaml"])
+@pytest.mark.parametrize(
+    "path", ["deploy/serve.yaml", "deploy/scores.yaml", "deploy/kuberay/rayservice.yaml"]
+)
 def test_serve_configs_are_valid_and_what_they_import_takes_their_arguments(path: str) -> None:
     [config] = documents(ROOT / path)
     if "serveConfigV2" in config.get("spec", {}):

@@ -1,4 +1,5 @@
 import os
+import socket
 import subprocess
 import sys
 import time
@@ -9,7 +10,7 @@ import pytest
 import ray
 
 from mara_rl.errors import ConfigError
-from services.ray_session import check_resources, missing_resources, ray_session
+from services.ray_session import await_room, check_resources, missing_resources, ray_session
 
 AUTH = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN")
 
@@ -53,6 +54,79 @@ def test_an_address_without_a_cluster_is_refused_at_once(monkeypatch, address):
     assert time.monotonic() - began < 30
 
 
+VERSIONS = """Version mismatch: The cluster was started with:
+    Ray: 2.50.0
+    Python: 3.11.9
+This process on 192.0.2.1 was started with:
+    Ray: 2.60.0
+    Python: 3.12.3
+"""
+REFUSED = """Failed to connect to GCS. Last connection error: Traceback (most recent call last):
+  File "ray/_private/node.py", line 996, in _init_gcs_client
+    client = GcsClient(
+ray.exceptions.AuthenticationError: InvalidAuthToken: the token is not the cluster's.
+"""
+
+
+@pytest.mark.parametrize(
+    ("raised", "reason"),
+    [
+        (
+            RuntimeError(VERSIONS),
+            "Version mismatch: The cluster was started with: Ray: 2.50.0 Python: 3.11.9 "
+            "This process on 192.0.2.1 was started with: Ray: 2.60.0 Python: 3.12.3",
+        ),
+        (
+            RuntimeError(REFUSED),
+            "ray.exceptions.AuthenticationError: InvalidAuthToken: the token is not the cluster's.",
+        ),
+        (Exception("The current node timed out\nduring startup."), "The current node timed out"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_what_ray_says_when_it_cannot_begin_is_one_line(monkeypatch, raised, reason):
+    def init(**_: object) -> None:
+        raise ConnectionError("Failed to connect to Ray cluster at 192.0.2.1:6379") from raised
+
+    monkeypatch.setattr(ray, "init", init)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{server.getsockname()[1]}")
+        with pytest.raises(ConfigError) as joining, ray_session():
+            pass
+    monkeypatch.delenv("RAY_ADDRESS")
+    with pytest.raises(ConfigError) as starting, ray_session():
+        pass
+    for caught, beginning in ((joining, "RAY_ADDRESS '127.0.0.1:"), (starting, "Ray did not st")):
+        assert str(caught.value).startswith(beginning)
+        assert f": {reason}" in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_server_that_is_no_ray_ends_in_one_line_within_two_minutes():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-c",
+                "from mara_rl.cli.app import main; main()",
+                "train",
+                "quickstart",
+            ],
+            env=os.environ | {"RAY_ADDRESS": address},
+            cwd=Path(__file__).parents[2],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith(f"error: RAY_ADDRESS '{address}': could not join a Ray cluster there: ")
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.slow
 def test_local_cluster(monkeypatch, tmp_path):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -64,6 +138,11 @@ def test_local_cluster(monkeypatch, tmp_path):
     def child_environment() -> dict[str, str | None]:
         return {name: os.environ.get(name) for name in AUTH}
 
+    @ray.remote(num_cpus=1)
+    class Occupant:
+        def ready(self) -> bool:
+            return True
+
     with ray_session(num_cpus=2) as session:
         assert session.owns_cluster
         in_child = ray.get(child_environment.remote())
@@ -73,6 +152,19 @@ def test_local_cluster(monkeypatch, tmp_path):
         check_resources([("runners", {"CPU": 1})] * 2)
         with pytest.raises(ConfigError, match=r"3 CPU \(runners 3 x 1\).*has 2"):
             check_resources([("runners", {"CPU": 1})] * 3)
+
+        await_room([("runners", {"CPU": 1})] * 2, timeout_s=30)
+        occupant = Occupant.remote()
+        ray.get(occupant.ready.remote())
+        with pytest.raises(ConfigError) as caught:
+            await_room([("runners", {"CPU": 1})] * 2 + [("driver", {})], timeout_s=2)
+        assert str(caught.value) == (
+            "no room for the plan within 2 s: waiting for runners 2 x (1 CPU); free in the "
+            "cluster: 1 CPU"
+        )
+        await_room([("runners", {"CPU": 1})], timeout_s=30)  # what did not fit was given back
+        ray.kill(occupant)
+        await_room([("runners", {"CPU": 1})] * 2, timeout_s=30)
 
         listening = [
             connection.laddr

@@ -83,7 +83,7 @@ def apps() -> Iterator[None]:
 
 def client(*names: str, **settings: float) -> ScoreClient:
     names = names or ("reward", "cost")
-    return ScoreClient(ScoreClientConfig(apps={name: name for name in names}, **settings))
+    return ScoreClient(ScoreClientConfig(sources={name: name for name in names}, **settings))
 
 
 def test_in_process_scorer():
@@ -112,8 +112,8 @@ def test_an_answer_that_is_not_one_number_a_pair_is_refused(answer):
 def test_config_names_what_is_wrong():
     with pytest.raises(ValidationError, match="deadline_s"):
         ScoreClientConfig(deadline_s=0)
-    with pytest.raises(ValidationError, match="apps"):
-        ScoreClientConfig(apps={})
+    with pytest.raises(ValidationError, match="sources"):
+        ScoreClientConfig(sources={})
 
 
 def test_without_ray_the_client_says_so_and_starts_none():

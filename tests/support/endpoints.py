@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import numpy as np
 import uvicorn
 from small_agents import random_agent
+from starlette.types import ASGIApp
 
 from mara_rl.agent import Agent
 from mara_rl.decoding.decoder import Decoder
@@ -101,8 +102,17 @@ def running_endpoint(
         endpoint.load_in_background()
     else:
         endpoint.load()
-    config = uvicorn.Config(create_api(endpoint), port=0, log_level="warning")
-    server = uvicorn.Server(config)
+    with serving(create_api(endpoint)) as url:
+        try:
+            yield url, endpoint
+        finally:
+            endpoint.close()  # first: the server waits for answers that still run
+
+
+@contextlib.contextmanager
+def serving(app: ASGIApp) -> Iterator[str]:
+    """The URL of an ASGI application on a loopback port."""
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -110,8 +120,7 @@ def running_endpoint(
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield f"http://127.0.0.1:{port}", endpoint
+        yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
-        endpoint.close()
         thread.join()

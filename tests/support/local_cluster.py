@@ -36,6 +36,7 @@ class LocalCluster:
     dashboard: str
     mlflow: str
     redis: str
+    gcs: str
 
     def run(self, *command: str, timeout_s: float = 300) -> subprocess.CompletedProcess[str]:
         """Run a command line of the package's environment as a user of the cluster."""
@@ -81,11 +82,14 @@ def local_cluster(folder: Path, *, num_cpus: int, home: Path) -> Iterator[LocalC
             "MARA_HOME": str(home),
             "MARA_REDIS_URL": redis_url,
             "MARA_API_KEY": "a-key-for-the-tests",
+            "MARA_SCORE_KEY": "a-key-for-the-scores-of-the-tests",
             "MLFLOW_TRACKING_URI": mlflow_url,
             "HF_HUB_OFFLINE": "1",
         }
         stack.enter_context(ray_head(environment, dashboard_port, ports, num_cpus, folder))
-        yield LocalCluster(environment, dashboard, mlflow_url, redis_url)
+        yield LocalCluster(
+            environment, dashboard, mlflow_url, redis_url, gcs=f"127.0.0.1:{ports[0]}"
+        )
 
 
 @contextlib.contextmanager

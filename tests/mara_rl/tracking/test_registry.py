@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mara_rl.agent import Agent
-from mara_rl.agent_files import load_agent
+from mara_rl.agent_files import agent_sha256, load_agent
 from mara_rl.errors import ConfigError, DataError, RetryableError
 from mara_rl.preference import preference_rate
 from mara_rl.tracking.promotion import PromotionEvidence
@@ -38,7 +38,8 @@ def log_and_register(uri: str, name: str, *folders: Path) -> list[tuple[str, int
     for folder in folders:
         with TrackingRun.start(uri, "registry", "run", {}) as run:
             model_uri = run.log_agent(folder)
-        tags = source_tags(llm="some/llm", seed=0, run_id=run.run_id)
+        sha256 = agent_sha256(load_agent(folder))
+        tags = source_tags(llm="some/llm", seed=0, run_id=run.run_id, sha256=sha256)
         logged.append((run.run_id, AgentRegistry(uri).register(name, model_uri, tags)))
     return logged
 
@@ -163,6 +164,22 @@ def test_the_gate_promotes_against_base_then_against_the_champion(uri, name, mak
     assert stale.line.endswith("compared with version 1; expected the champion, version 2")
 
 
+def test_what_a_run_registered_before_it_was_cut_off_is_found_again(uri, name, make_agent):
+    first, second = make_agent(1), make_agent(2)
+    sha256 = agent_sha256(load_agent(first))
+    registry = AgentRegistry(uri)
+    assert registry.registered(name, run_id="0123", sha256=sha256) is None, "no such agent yet"
+    (run_1, _), (run_2, _) = log_and_register(uri, name, first, second)
+    assert registry.registered(name, run_id=run_1, sha256=sha256) == 1
+    assert registry.registered(name, run_id=run_2, sha256=sha256) is None, "other weights"
+    assert registry.find(f"models:/{name}@candidate").version == 2, "a newer one stays"
+
+    mlflow_client(uri).delete_registered_model_alias(name, "candidate")  # killed before it was set
+    other = agent_sha256(load_agent(second))
+    assert registry.registered(name, run_id=run_2, sha256=other) == 2
+    assert registry.find(f"models:/{name}@candidate").version == 2
+
+
 def test_force_rolls_back_and_keeps_the_reason(uri, name, make_agent):
     folders = [make_agent(seed) for seed in range(2)]
     log_and_register(uri, name, *folders)
@@ -214,12 +231,12 @@ def test_a_name_without_letters_is_refused():
 
 
 def test_the_commit_of_this_code_is_a_tag():
-    tags = source_tags(llm="x", seed=3, run_id="r")
+    tags = source_tags(llm="x", seed=3, run_id="r", sha256="s")
     here = Path(__file__).parent
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True)
     if git.returncode == 0:
         assert tags.pop("git_sha").removesuffix("-dirty") == git.stdout.strip()
-    assert tags == {"llm": "x", "seed": "3", "run_id": "r"}
+    assert tags == {"llm": "x", "seed": "3", "run_id": "r", "sha256": "s"}
 
 
 def test_local_references_need_no_mlflow(make_agent, monkeypatch):

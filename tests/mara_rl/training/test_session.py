@@ -4,7 +4,7 @@ import pytest
 
 from mara_rl.errors import ConfigError
 from mara_rl.training.config import load_config
-from mara_rl.training.run_names import queue_name, score_apps
+from mara_rl.training.run_names import queue_name, score_sources
 from mara_rl.training.session import resource_plan
 
 
@@ -34,11 +34,39 @@ def test_the_plan_holds_every_actor_with_its_custom_resources() -> None:
 def test_shared_score_services_are_not_in_the_plan() -> None:
     config = load_config("quickstart", ["scores.reward.app=shared"])
     assert [name for name, _ in resource_plan(config)] == ["cost", "runners"]
-    assert score_apps(config, "mine", shared_cluster=True) == {
+    assert score_sources(config, "mine", shared_cluster=True) == {
         "reward": "shared",
         "cost": "mine-cost",
     }
-    assert score_apps(config, "mine", shared_cluster=False) == {"reward": "shared", "cost": "cost"}
+    assert score_sources(config, "mine", shared_cluster=False) == {
+        "reward": "shared",
+        "cost": "cost",
+    }
+
+
+def test_a_score_service_of_elsewhere_is_known_by_its_url() -> None:
+    config = load_config("quickstart", ["scores.cost.url=https://scores.example.com/cost"])
+    assert [name for name, _ in resource_plan(config)] == ["reward", "runners"]
+    assert score_sources(config, "mine", shared_cluster=True) == {
+        "reward": "mine-reward",
+        "cost": "https://scores.example.com/cost",
+    }
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["url=http://a/cost", "app=cost"], r": scores\.cost: app and url are both set; expected"),
+        (["url=cost"], r"scores\.cost\.url: string should match pattern"),
+        (["url=http://a/cost?key=x"], r"scores\.cost\.url: string should match pattern"),
+        (["url=http://me:secret@a/"], r"scores\.cost\.url: names a user or password; .*_KEY$"),
+    ],
+)
+def test_a_url_is_one_without_secrets_and_instead_of_an_application(
+    overrides: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config("quickstart", [f"scores.cost.{override}" for override in overrides])
 
 
 @pytest.mark.parametrize(
@@ -50,6 +78,8 @@ def test_shared_score_services_are_not_in_the_plan() -> None:
         ),
         ("learner.resources.x=0", r"learner\.resources\.x: input should be greater than 0"),
         ("scores.cost.resources=3", r"scores\.cost\.resources: input should be a valid dict"),
+        ("scores.cost.num_gpus=2", r"scores\.cost\.num_gpus: .* less than or equal to 1, not 2"),
+        ("rollouts.num_gpus=1.5", r"rollouts\.num_gpus: .* less than or equal to 1, not 1\.5"),
     ],
 )
 def test_wrong_resources_are_named(override: str, message: str) -> None:

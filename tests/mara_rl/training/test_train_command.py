@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -112,6 +113,7 @@ def test_a_run_trains_compares_registers_and_resumes(config: Path, home: Path) -
     again = mara_rl("train", "--resume", "tiny-1")
     assert again.returncode == 0, again.stderr
     assert "resumed tiny-1 at iteration 4" in again.stdout
+    assert "registered before: models:/mara-llama/1" in again.stdout
     first, second = (
         next(line for line in out.splitlines() if RESULT_LINE.match(line))
         for out in (done.stdout, again.stdout)
@@ -136,7 +138,16 @@ def test_a_run_by_name_is_left_alone_once_done_and_by_another_config(home: Path)
     assert "done before: models:/mara-x/1" in done.stdout
 
 
-def test_ctrl_c_saves_and_the_run_resumes(config: Path, home: Path) -> None:
+@pytest.mark.parametrize(
+    ("send", "signum", "status"),
+    [
+        (os.killpg, signal.SIGINT, 130),  # as a terminal does: to the whole process group
+        (os.kill, signal.SIGTERM, 143),  # as what runs a service does
+    ],
+)
+def test_a_signal_to_stop_saves_and_the_run_resumes(
+    config: Path, home: Path, send: Callable[[int, int], None], signum: int, status: int
+) -> None:
     command = [sys.executable, "-c", "from mara_rl.cli.app import main; main()"]
     command += ["train", str(config), "--set", "ppo.iterations=500", "--set", "evaluation=null"]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
@@ -146,9 +157,9 @@ def test_ctrl_c_saves_and_the_run_resumes(config: Path, home: Path) -> None:
         assert running.poll() is None, "training ended before it could be interrupted"
         assert time.monotonic() < deadline
         time.sleep(0.2)
-    os.killpg(running.pid, signal.SIGINT)  # as a terminal does: to the whole process group
+    send(running.pid, signum)
     output, _ = running.communicate(timeout=120)
-    assert running.returncode == 130
+    assert running.returncode == status
     assert "continue with `mara-rl train --resume tiny-1`" in output
     newest = max(p.name for p in checkpoints.iterdir())
 
