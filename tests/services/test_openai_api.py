@@ -21,6 +21,8 @@ from services.decode_plan import ApiLimits
 
 ASK = [{"role": "user", "content": "How do I bake bread?"}]
 KEY = "a-key-for-the-tests"
+JSON = {"Content-Type": "application/json"}
+HALF = "a \ud83d"
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +283,11 @@ BAD = {
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
         "messages.0.content",
     ),
+    "tool calls": (
+        {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}, *ASK]},
+        "messages.0.tool_calls",
+    ),
+    "name": ({"messages": [{"role": "user", "content": "x", "name": "Ada"}]}, "messages.0.name"),
     "long": ({"messages": [{"role": "user", "content": "x" * 400}]}, "messages"),
     "max_tokens": ({"max_tokens": 5000}, "max_tokens"),
     "no room": ({"max_tokens": 250}, "messages"),
@@ -320,6 +327,17 @@ def test_what_is_not_supported_is_refused_by_name(client, case):
     assert error.body["message"].count("\n") == 0
 
 
+def test_an_answer_may_be_sent_back_as_the_client_has_it(client):
+    said = chat(client).choices[0].message
+    plain = {"role": "assistant", "content": said.content}
+    whole = chat(client, messages=[*ASK, plain, *ASK])
+    for again in (said, said.model_dump()):
+        answer = chat(client, messages=[*ASK, again, *ASK])
+        assert answer.choices == whole.choices
+        assert answer.usage == whole.usage
+    assert whole.usage.prompt_tokens > 2 * chat(client).usage.prompt_tokens
+
+
 def test_values_that_ask_for_nothing_are_let_pass(client, llm, agents):
     answer = chat(
         client,
@@ -347,6 +365,38 @@ def test_bodies_that_are_no_request(server):
     missing = requests.get(f"{server[0]}/v1/nothing", timeout=30)
     assert missing.status_code == 404
     assert "/v1/nothing" in missing.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "param"),
+    [
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": HALF}]},
+            "messages.0.content",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}]},
+            "messages.0.content.0.text",
+        ),
+        (
+            "chat/completions",
+            {"messages": ASK, "mara": {"rank_by": {HALF: 1}}},
+            "mara.rank_by.a \N{REPLACEMENT CHARACTER}",
+        ),
+        ("completions", {"prompt": HALF}, "prompt"),
+        ("completions", {"prompt": ["whole", HALF]}, "prompt.1"),
+    ],
+)
+def test_half_of_a_character_is_refused(server, path, given, param):
+    """JavaScript's slice() leaves such texts; a tokenizer takes none of them."""
+    body = json.dumps({"model": AGENT, **given})  # in which it is an escape, as they send it
+    answer = requests.post(f"{server[0]}/v1/{path}", data=body, headers=JSON, timeout=30)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert "half of a character" in error["message"]
+    assert error["param"].startswith(param)
 
 
 def test_too_large_a_body_is_refused_however_it_is_sent(llm):
