@@ -155,6 +155,8 @@ class _Request(Strict):
             raise ValueError("mara.best_of: not with stream: true")
         if best_of is not None and not self.temperature:
             raise ValueError("mara.best_of: needs a temperature above 0; else all are the same")
+        if best_of is None and "rank_by" in self.options.model_fields_set:
+            raise ValueError("mara.rank_by: only with mara.best_of, which it ranks")
         return self
 
 
@@ -223,8 +225,11 @@ class ChatRequest(_Request):
         return self
 
     @property
-    def length(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
+    def length(self) -> tuple[int | None, str]:
+        """Tokens asked for, and by which field."""
+        if self.max_completion_tokens is not None:
+            return self.max_completion_tokens, "max_completion_tokens"
+        return self.max_tokens, "max_tokens"
 
     @property
     def num_top_logprobs(self) -> int | None:
@@ -253,8 +258,9 @@ class CompletionRequest(_Request):
         return prompt
 
     @property
-    def length(self) -> int | None:
-        return self.max_tokens
+    def length(self) -> tuple[int | None, str]:
+        """Tokens asked for, and by which field."""
+        return self.max_tokens, "max_tokens"
 
     @property
     def num_top_logprobs(self) -> int | None:

@@ -201,6 +201,21 @@ def test_completions_go_on_with_raw_text(client, llm, agents):
     assert client.completions.create(model=LLM, prompt="a").usage.completion_tokens <= 16
 
 
+def test_prompts_that_are_too_many_or_of_no_token_are_named(server, client, llm, monkeypatch):
+    with pytest.raises(openai.BadRequestError, match="20 prompts with 1 answers") as caught:
+        client.completions.create(model=LLM, prompt=["x"] * 20)
+    assert caught.value.param == "prompt"
+    with pytest.raises(openai.BadRequestError, match="4 prompts with 5 answers") as caught:
+        client.completions.create(model=LLM, prompt=["x"] * 4, n=5)
+    assert caught.value.param == "n"
+    # Some tokenizers drop white space; a decoder could not begin.
+    backend = server[1].backend()
+    monkeypatch.setattr(backend.llm, "tokenizer", lambda text: {"input_ids": []})
+    with pytest.raises(openai.BadRequestError, match="prompt: no token") as caught:
+        client.completions.create(model=LLM, prompt=" ")
+    assert caught.value.param == "prompt"
+
+
 def test_a_trace_says_how_each_token_was_chosen(client, llm, agents):
     wanted = expected(llm, agents)
     choice = chat(client, mara={"trace": True}).choices[0]
@@ -290,6 +305,10 @@ BAD = {
     "name": ({"messages": [{"role": "user", "content": "x", "name": "Ada"}]}, "messages.0.name"),
     "long": ({"messages": [{"role": "user", "content": "x" * 400}]}, "messages"),
     "max_tokens": ({"max_tokens": 5000}, "max_tokens"),
+    "max_completion_tokens": (
+        {"max_tokens": openai.omit, "max_completion_tokens": 5000},
+        "max_completion_tokens",
+    ),
     "no room": ({"max_tokens": 250}, "messages"),
     "both lengths": ({"max_completion_tokens": 5}, "max_tokens"),
     "top_logprobs": ({"top_logprobs": 2}, "top_logprobs"),
@@ -302,11 +321,13 @@ BAD = {
         {"model": "published", "extra_body": {"mara": {"strength": 2}}},
         "mara.strength",
     ),
+    "many best_of": ({"temperature": 1, "extra_body": {"mara": {"best_of": 17}}}, "mara.best_of"),
     "blend": ({"extra_body": {"mara": {"blend": {"published": 1}}}}, "mara.blend"),
     "rank_by": (
         {"temperature": 1, "extra_body": {"mara": {"best_of": 2, "rank_by": {"x": 1}}}},
         "mara.rank_by",
     ),
+    "rank_by of one": ({"extra_body": {"mara": {"rank_by": {"reward": 1}}}}, "mara.rank_by"),
     "greedy best_of": ({"extra_body": {"mara": {"best_of": 2}}}, "mara.best_of"),
     "small best_of": (
         {"n": 3, "temperature": 1, "extra_body": {"mara": {"best_of": 2}}},
