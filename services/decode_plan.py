@@ -46,8 +46,8 @@ class Backend:
     catalog: AgentCatalog
     scorer: Scorer | None
     report: TokenReport
-    started: int
-    """When it was ready, in seconds since 1970."""
+    deployed: int
+    """When the endpoint was, in seconds since 1970; the same in all replicas."""
 
 
 @dataclass(frozen=True)

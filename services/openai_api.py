@@ -89,7 +89,7 @@ def _add_answers(api: FastAPI, endpoint: Endpoint) -> None:
 def _add_models(api: FastAPI, endpoint: Endpoint) -> None:
     def llm_card(backend: Backend) -> ModelCard:
         name = backend.llm_name
-        return ModelCard(id=name, created=backend.started, root=name, kind="llm")
+        return ModelCard(id=name, created=backend.deployed, root=name, kind="llm")
 
     @api.get("/v1/models", responses=_ERRORS)
     async def models() -> ModelList:

@@ -3,7 +3,6 @@
 import functools
 import logging
 import os
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
     from mara_rl.tracking.registry import AgentRegistry
 
 
-def make_endpoint(config: EndpointConfig, *, replica: str = "") -> Endpoint:
-    """An endpoint whose backend is still to be loaded.
+def make_endpoint(config: EndpointConfig, *, deployed: int, replica: str = "") -> Endpoint:
+    """An endpoint whose backend is still to be loaded; ``deployed`` in seconds since 1970.
 
     Raises ConfigError where it would answer without a key and that is not allowed.
     """
@@ -31,7 +30,7 @@ def make_endpoint(config: EndpointConfig, *, replica: str = "") -> Endpoint:
             "only this machine reaches"
         )
     return Endpoint(
-        functools.partial(_backend, config),
+        functools.partial(_backend, config, deployed),
         ApiKeys(keys, max_concurrent=config.limits.max_concurrent),
         config.limits,
         replica=replica,
@@ -50,7 +49,7 @@ def log_requests(config: EndpointConfig) -> None:
         logger.propagate = False
 
 
-def _backend(config: EndpointConfig) -> Backend:
+def _backend(config: EndpointConfig, deployed: int) -> Backend:
     import torch
 
     from mara_rl.decoding.decoder import Decoder
@@ -76,7 +75,12 @@ def _backend(config: EndpointConfig) -> Backend:
         else:
             fixed[name] = functools.partial(_resolve, ref, registry)
     catalog = RegistryCatalog(
-        llm, fixed, registry, poll_s=config.poll_s, allow_other_llm=config.allow_other_llm
+        llm,
+        fixed,
+        registry,
+        created=deployed,
+        poll_s=config.poll_s,
+        allow_other_llm=config.allow_other_llm,
     )
     for name in registered:
         if catalog.loaded(name) is None:
@@ -101,7 +105,7 @@ def _backend(config: EndpointConfig) -> Backend:
         catalog,
         scorer,
         TokenReport(llm),
-        started=int(time.time()),
+        deployed,
     )
 
 

@@ -3,7 +3,6 @@
 import logging
 import re
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 
@@ -34,6 +33,7 @@ class RegistryCatalog:
         fixed: Mapping[str, Callable[[], Agent]],
         registry: AgentRegistry | None,
         *,
+        created: int,
         poll_s: float = 2.0,
         allow_other_llm: bool = False,
     ) -> None:
@@ -41,6 +41,7 @@ class RegistryCatalog:
         Args:
             fixed: names of agents from elsewhere, and how to load them.
             registry: where names of registered agents are looked up; None: nowhere.
+            created: what fixed agents say of when they were made, in seconds since 1970.
             poll_s: how often aliases are looked up.
             allow_other_llm: let agents of another LLM of the same hidden size answer.
 
@@ -50,9 +51,8 @@ class RegistryCatalog:
         self._registry = registry
         self._poll_s = poll_s
         self._allow_other_llm = allow_other_llm
-        now = int(time.time())
         self._fixed = {
-            name: ServedAgent(name, self._fitted(load()), now) for name, load in fixed.items()
+            name: ServedAgent(name, self._fitted(load()), created) for name, load in fixed.items()
         }
         self._aliases: dict[str, ServedAgent] = {}
         self._versions: OrderedDict[str, ServedAgent] = OrderedDict()  # the last one used last

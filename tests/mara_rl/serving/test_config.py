@@ -43,10 +43,10 @@ def test_one_replica_answers_while_it_loads_several_load_first():
 def test_without_keys_it_must_be_told_to_answer_anybody(monkeypatch):
     monkeypatch.delenv("MARA_API_KEY", raising=False)
     with pytest.raises(ConfigError, match="no API keys: set MARA_API_KEY or keys_file"):
-        make_endpoint(EndpointConfig())
-    assert not make_endpoint(EndpointConfig(anonymous=True)).keys
+        make_endpoint(EndpointConfig(), deployed=0)
+    assert not make_endpoint(EndpointConfig(anonymous=True), deployed=0).keys
     monkeypatch.setenv("MARA_API_KEY", "long-enough")
-    assert make_endpoint(EndpointConfig()).keys
+    assert make_endpoint(EndpointConfig(), deployed=0).keys
 
 
 def test_names_requests_call_an_llm_by(tmp_path):
