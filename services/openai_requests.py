@@ -138,10 +138,12 @@ class _Request(Strict):
 
     @property
     def options(self) -> MaraOptions:
+        """``mara``, or its defaults."""
         return self.mara or MaraOptions()
 
     @property
     def num_choices(self) -> int:
+        """Answers to give to each prompt."""
         return self.n or 1
 
     @model_validator(mode="after")
@@ -183,6 +185,7 @@ class Message(Strict):
 
     @property
     def text(self) -> str:
+        """The content, of several parts one after the other."""
         if isinstance(self.content, str):
             return self.content
         return "".join(part.text for part in self.content)
