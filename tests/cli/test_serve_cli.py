@@ -57,7 +57,9 @@ def serve(monkeypatch, capsys):
         (("--port", "0"), 2, "--port"),
         (("--slots", "0"), 1, "endpoint: slots: .* not 0"),
         (("--dtype", "int3"), 1, "endpoint: dtype"),
+        (("--threads", "0"), 1, "endpoint: torch_threads: .* not 0"),
         (("--score", "reward"), 2, "expected NAME=MODEL"),
+        (("--score", "a=x", "--score", "a=y"), 2, "a is 'x' already"),
         (("--keys-file", "/no/such"), 1, "keys_file '/no/such'"),
     ],
 )
