@@ -2,8 +2,9 @@
 
 import time
 import uuid
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import ClassVar
 
 from pydantic import BaseModel
 
@@ -29,69 +30,78 @@ Mara = dict[str, MaraPart]
 """``{"mara": …}`` where the request asks for it, else empty: a field not set is not sent."""
 
 
-class AnswerFormat(Protocol):
+class AnswerFormat(ABC):
     """One request's answers. A chunk is about one choice, but for the last, which holds usage."""
 
+    id_prefix: ClassVar[str]
+
+    def __init__(self, model: str, version: str, report: TokenReport, top: int | None) -> None:
+        """``top``: how many candidates' log π to give with each token's; None gives neither."""
+        self._report = report
+        self._top = top
+        self._head = {  # what all chunks of one answer have in common
+            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": model,
+            "system_fingerprint": version,
+        }
+
+    @abstractmethod
     def opening(self, index: int) -> BaseModel | None:
         """The chunk that a choice begins with, if there is one."""
-        ...
 
-    def growth(self, index: int, tokens: Sequence[GrownToken], mara: Mara) -> BaseModel: ...
+    @abstractmethod
+    def growth(self, index: int, tokens: Sequence[GrownToken], mara: Mara) -> BaseModel:
+        """The chunk of tokens that a choice grew by."""
 
-    def end(self, index: int, finish_reason: FinishReason, mara: Mara) -> BaseModel: ...
+    @abstractmethod
+    def end(self, index: int, finish_reason: FinishReason, mara: Mara) -> BaseModel:
+        """The chunk that a choice ends with."""
 
-    def usage(self, usage: Usage) -> BaseModel: ...
+    @abstractmethod
+    def usage(self, usage: Usage) -> BaseModel:
+        """The chunk that a stream ends with, where it is asked for."""
 
-    def whole(self, choices: Sequence[BaseModel], usage: Usage) -> BaseModel:
-        """All that `choice` gave."""
-        ...
-
+    @abstractmethod
     def choice(
         self,
         index: int,
         text: str,
         tokens: Sequence[GrownToken],
-        finish_reason: FinishReason,
+        finish_reason: FinishReason | None,
         mara: Mara,
-    ) -> BaseModel: ...
+    ) -> BaseModel:
+        """A choice with all its tokens, for `whole`."""
+
+    @abstractmethod
+    def whole(self, choices: Sequence[BaseModel], usage: Usage) -> BaseModel:
+        """The answer where none is streamed: all that `choice` gave."""
 
 
-class ChatFormat:
+class ChatFormat(AnswerFormat):
     """``chat.completion`` and ``chat.completion.chunk``."""
 
-    def __init__(self, model: str, version: str, report: TokenReport, top: int | None) -> None:
-        """``top``: how many candidates' log π to give with each token's; None gives neither."""
-        self._head = _head("chatcmpl", model, version)
-        self._report = report
-        self._top = top
+    id_prefix = "chatcmpl"
 
     def opening(self, index: int) -> ChatChunk:
-        return self._chunk(index, Delta(role="assistant", content=""), None, None, {})
+        return self._chunk(index, Delta(role="assistant", content=""), (), None, {})
 
     def growth(self, index: int, tokens: Sequence[GrownToken], mara: Mara) -> ChatChunk:
         delta = Delta(content="".join(token.text for token in tokens))
-        return self._chunk(index, delta, self._logprobs(tokens), None, mara)
+        return self._chunk(index, delta, tokens, None, mara)
 
     def end(self, index: int, finish_reason: FinishReason, mara: Mara) -> ChatChunk:
-        return self._chunk(index, Delta(), None, finish_reason, mara)
+        return self._chunk(index, Delta(), (), finish_reason, mara)
 
     def usage(self, usage: Usage) -> ChatChunk:
         return ChatChunk(object="chat.completion.chunk", choices=[], usage=usage, **self._head)
 
-    def whole(self, choices: Sequence[BaseModel], usage: Usage) -> ChatCompletion:
-        return ChatCompletion(
-            object="chat.completion",
-            choices=list(choices),
-            usage=usage,
-            **self._head,
-        )
-
     def choice(
         self,
         index: int,
         text: str,
         tokens: Sequence[GrownToken],
-        finish_reason: FinishReason,
+        finish_reason: FinishReason | None,
         mara: Mara,
     ) -> ChatChoice:
         return ChatChoice(
@@ -102,32 +112,41 @@ class ChatFormat:
             **mara,
         )
 
+    def whole(self, choices: Sequence[BaseModel], usage: Usage) -> ChatCompletion:
+        return ChatCompletion(
+            object="chat.completion", choices=list(choices), usage=usage, **self._head
+        )
+
     def _chunk(
         self,
         index: int,
         delta: Delta,
-        logprobs: ChatLogprobs | None,
+        tokens: Sequence[GrownToken],
         finish_reason: FinishReason | None,
         mara: Mara,
     ) -> ChatChunk:
         choice = ChatChunkChoice(
-            index=index, delta=delta, logprobs=logprobs, finish_reason=finish_reason, **mara
+            index=index,
+            delta=delta,
+            logprobs=self._logprobs(tokens),
+            finish_reason=finish_reason,
+            **mara,
         )
         return ChatChunk(object="chat.completion.chunk", choices=[choice], **self._head)
 
     def _logprobs(self, tokens: Sequence[GrownToken]) -> ChatLogprobs | None:
-        if self._top is None:
+        if self._top is None or not tokens:
             return None
         return ChatLogprobs(content=self._report.chat_logprobs(tokens, self._top))
 
 
-class TextFormat:
+class TextFormat(AnswerFormat):
     """``text_completion``, which is also what the chunks of a stream are called."""
 
+    id_prefix = "cmpl"
+
     def __init__(self, model: str, version: str, report: TokenReport, top: int | None) -> None:
-        self._head = _head("cmpl", model, version)
-        self._report = report
-        self._top = top
+        super().__init__(model, version, report, top)
         self._characters: dict[int, int] = {}  # of text given so far, by choice
 
     def opening(self, index: int) -> None:
@@ -135,31 +154,15 @@ class TextFormat:
 
     def growth(self, index: int, tokens: Sequence[GrownToken], mara: Mara) -> TextCompletion:
         text = "".join(token.text for token in tokens)
-        return self._completion([self._choice(index, text, tokens, None, mara)])
+        return self._completion([self.choice(index, text, tokens, None, mara)])
 
     def end(self, index: int, finish_reason: FinishReason, mara: Mara) -> TextCompletion:
-        choice = TextChoice(
-            index=index, text="", logprobs=None, finish_reason=finish_reason, **mara
-        )
-        return self._completion([choice])
+        return self._completion([self.choice(index, "", (), finish_reason, mara)])
 
     def usage(self, usage: Usage) -> TextCompletion:
         return self._completion([], usage=usage)
 
-    def whole(self, choices: Sequence[BaseModel], usage: Usage) -> TextCompletion:
-        return self._completion(choices, usage=usage)
-
     def choice(
-        self,
-        index: int,
-        text: str,
-        tokens: Sequence[GrownToken],
-        finish_reason: FinishReason,
-        mara: Mara,
-    ) -> TextChoice:
-        return self._choice(index, text, tokens, finish_reason, mara)
-
-    def _choice(
         self,
         index: int,
         text: str,
@@ -170,26 +173,16 @@ class TextFormat:
         logprobs: TextLogprobs | None = None
         offset = self._characters.get(index, 0)
         self._characters[index] = offset + len(text)
-        if self._top is not None:
+        if self._top is not None and tokens:
             logprobs = self._report.text_logprobs(tokens, self._top, offset)
         return TextChoice(
             index=index, text=text, logprobs=logprobs, finish_reason=finish_reason, **mara
         )
 
+    def whole(self, choices: Sequence[BaseModel], usage: Usage) -> TextCompletion:
+        return self._completion(choices, usage=usage)
+
     def _completion(self, choices: Sequence[BaseModel], **usage: Usage) -> TextCompletion:
         return TextCompletion(
-            object="text_completion",
-            choices=list(choices),
-            **usage,
-            **self._head,
+            object="text_completion", choices=list(choices), **usage, **self._head
         )
-
-
-def _head(kind: str, model: str, version: str) -> dict[str, Any]:
-    """What all chunks of one answer have in common."""
-    return {
-        "id": f"{kind}-{uuid.uuid4().hex}",
-        "created": int(time.time()),
-        "model": model,
-        "system_fingerprint": version,
-    }

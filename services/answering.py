@@ -3,6 +3,7 @@
 import asyncio
 import math
 from collections.abc import AsyncGenerator, Sequence
+from typing import cast
 
 from pydantic import BaseModel
 
@@ -67,7 +68,7 @@ class Answering:
             mara = self._summary(answer, scores[place], problem)
             if "mara" in mara and self._options is not None and self._options.trace:
                 mara["mara"].trace = [self._report.trace(token) for token in tokens[place]]
-            reason = _finish_reason(answer.finish_reason)
+            reason = cast(FinishReason, answer.finish_reason)  # the others have raised
             choices.append(self._form.choice(index, answer.text, tokens[place], reason, mara))
         return self._form.whole(choices, self._usage())
 
@@ -167,7 +168,7 @@ class Answering:
     ) -> BaseModel:
         answer = self._group.answers[index]
         mara = self._summary(answer, scores, problem)
-        return self._form.end(index, _finish_reason(answer.finish_reason), mara)
+        return self._form.end(index, cast(FinishReason, answer.finish_reason), mara)
 
     def _summary(
         self,
@@ -198,11 +199,6 @@ def _rank(scores: dict[str, float | None], weights: dict[str, float]) -> float:
     """Σ weight · score; −∞ where a score is missing."""
     values = [(weight, scores.get(name)) for name, weight in weights.items()]
     return sum(-math.inf if value is None else weight * value for weight, value in values)
-
-
-def _finish_reason(reason: str) -> FinishReason:
-    assert reason in ("stop", "length"), reason
-    return reason  # type: ignore[return-value]
 
 
 def _event(body: BaseModel) -> str:

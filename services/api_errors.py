@@ -41,6 +41,7 @@ class ApiError(Exception):
         self.body = ErrorBody(error=ErrorDetail(message=message, type=kind, param=param, code=code))
 
     def response(self) -> JSONResponse:
+        """What is sent, with the headers that the status asks for."""
         headers = {}
         if self.status == 401:
             headers["WWW-Authenticate"] = "Bearer"

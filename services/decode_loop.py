@@ -120,6 +120,7 @@ class DecodeLoop:
         return max(0, self._open - self.num_slots)
 
     def start(self) -> None:
+        """Begin to step the decoder. Once."""
         self._thread.start()
 
     def submit(self, requests: Sequence[DecodeRequest]) -> AnswerGroup:

@@ -46,8 +46,8 @@ class Backend:
     catalog: AgentCatalog
     scorer: Scorer | None
     report: TokenReport
-    started: int
-    """When it was ready, in seconds since 1970."""
+    deployed: int
+    """When the endpoint was, in seconds since 1970; the same in all replicas."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +87,13 @@ async def plan(
     per_prompt = request.options.best_of or request.num_choices
     most = min(limits.max_answers, backend.loop.num_slots + backend.loop.max_waiting)
     if len(prompts) * per_prompt > most:
+        counted = "mara.best_of" if request.options.best_of else "n"
+        param = field if len(prompts) > most else counted
         raise ApiError(
             400,
-            f"{len(prompts)} prompts with {per_prompt} answers each; expected at most {most} "
-            "answers in all",
-            param="mara.best_of" if request.options.best_of else "n",
+            f"{param}: {len(prompts)} prompts with {per_prompt} answers each; expected at most "
+            f"{most} answers in all",
+            param=param,
             code="invalid_value",
         )
     seed = secrets.randbits(48) if request.seed is None else request.seed
@@ -194,12 +196,14 @@ def _answer_tokens(
     limits: ApiLimits,
 ) -> int:
     """Tokens an answer to a prompt of this length may have."""
-    asked, room = request.length, llm.context_tokens - prompt_tokens
+    if not prompt_tokens:
+        raise ApiError(400, f"{field}: no token comes of it", param=field, code="invalid_value")
+    (asked, length_field), room = request.length, llm.context_tokens - prompt_tokens
     if asked is not None and asked > limits.max_answer_tokens:
         raise ApiError(
             400,
-            f"max_tokens: {asked}; expected at most {limits.max_answer_tokens}",
-            param="max_tokens",
+            f"{length_field}: {asked}; expected at most {limits.max_answer_tokens}",
+            param=length_field,
             code="invalid_value",
         )
     if room < (asked or 1):

@@ -48,10 +48,12 @@ class EndpointMetrics:
         )
 
     def request_done(self, route: str, status: int, seconds: float) -> None:
+        """Count a request and the time until the last byte of its answer."""
         self._requests.labels(self._replica, route, status).inc()
         self._seconds.labels(self._replica, route).observe(seconds)
 
     def first_token(self, seconds: float) -> None:
+        """Count the time until a request had its first token."""
         self._first_token.labels(self._replica).observe(seconds)
 
     def watch(self, loop: DecodeLoop) -> None:

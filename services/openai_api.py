@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from services.answer_formats import ChatFormat, TextFormat
+from services.answer_formats import AnswerFormat, ChatFormat, TextFormat
 from services.answering import Answering
 from services.api_errors import ApiError, ErrorBody, invalid_body
 from services.api_gate import ApiGate
@@ -58,7 +58,7 @@ def _add_answers(api: FastAPI, endpoint: Endpoint) -> None:
     async def answer(
         request: Request,
         body: ChatRequest | CompletionRequest,
-        form: type[ChatFormat] | type[TextFormat],
+        form: type[AnswerFormat],
     ) -> Response:
         backend, record = endpoint.backend(), RequestRecord.of(request)
         record.note(model=body.model, stream=bool(body.stream), user=body.user)
@@ -89,7 +89,7 @@ def _add_answers(api: FastAPI, endpoint: Endpoint) -> None:
 def _add_models(api: FastAPI, endpoint: Endpoint) -> None:
     def llm_card(backend: Backend) -> ModelCard:
         name = backend.llm_name
-        return ModelCard(id=name, created=backend.started, root=name, kind="llm")
+        return ModelCard(id=name, created=backend.deployed, root=name, kind="llm")
 
     @api.get("/v1/models", responses=_ERRORS)
     async def models() -> ModelList:

@@ -29,19 +29,30 @@ def _neutral(value: Any) -> Any:
     return value
 
 
+def _whole(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("half of a character (an unpaired surrogate)") from error
+    return text
+
+
 def _one_or_many(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
+Text = Annotated[str, AfterValidator(_whole)]
+"""JSON may hold half of a character, as programs that cut texts by UTF-16 units write it."""
 Zero = Annotated[float, AfterValidator(_neutral), Field(ge=0, le=0)]
 No = Annotated[bool, AfterValidator(_neutral)]
 Nothing = Annotated[dict[str, Any] | list[Any], AfterValidator(_neutral)]
+NoText = Annotated[str, AfterValidator(_neutral)]
 StopTexts = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=256)]],
     Field(max_length=4),
     BeforeValidator(_one_or_many, json_schema_input_type=str | list[str]),
 ]
-Weights = dict[str, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]]
+Weights = dict[Text, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]]
 
 
 class Strict(BaseModel):
@@ -127,10 +138,12 @@ class _Request(Strict):
 
     @property
     def options(self) -> MaraOptions:
+        """``mara``, or its defaults."""
         return self.mara or MaraOptions()
 
     @property
     def num_choices(self) -> int:
+        """Answers to give to each prompt."""
         return self.n or 1
 
     @model_validator(mode="after")
@@ -144,6 +157,8 @@ class _Request(Strict):
             raise ValueError("mara.best_of: not with stream: true")
         if best_of is not None and not self.temperature:
             raise ValueError("mara.best_of: needs a temperature above 0; else all are the same")
+        if best_of is None and "rank_by" in self.options.model_fields_set:
+            raise ValueError("mara.rank_by: only with mara.best_of, which it ranks")
         return self
 
 
@@ -151,17 +166,26 @@ class TextPart(Strict):
     """A part of a message's content."""
 
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Strict):
-    """One turn of a conversation."""
+    """One turn of a conversation.
+
+    An answer may be sent back as the official client has it, with fields that hold nothing.
+    """
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Text | list[TextPart]
+    refusal: NoText | None = None
+    annotations: Nothing | None = None
+    audio: Nothing | None = None
+    function_call: Nothing | None = None
+    tool_calls: Nothing | None = None
 
     @property
     def text(self) -> str:
+        """The content, of several parts one after the other."""
         if isinstance(self.content, str):
             return self.content
         return "".join(part.text for part in self.content)
@@ -204,8 +228,11 @@ class ChatRequest(_Request):
         return self
 
     @property
-    def length(self) -> int | None:
-        return self.max_completion_tokens or self.max_tokens
+    def length(self) -> tuple[int | None, str]:
+        """Tokens asked for, and by which field."""
+        if self.max_completion_tokens is not None:
+            return self.max_completion_tokens, "max_completion_tokens"
+        return self.max_tokens, "max_tokens"
 
     @property
     def num_top_logprobs(self) -> int | None:
@@ -216,7 +243,7 @@ class ChatRequest(_Request):
 class CompletionRequest(_Request):
     """Body of ``POST /v1/completions``."""
 
-    prompt: str | list[str] | list[Annotated[int, Field(ge=0)]] = Field(
+    prompt: Text | list[Text] | list[Annotated[int, Field(ge=0)]] = Field(
         description="raw text, several of them, or token ids; no chat template is applied"
     )
     logprobs: int | None = Field(
@@ -234,8 +261,9 @@ class CompletionRequest(_Request):
         return prompt
 
     @property
-    def length(self) -> int | None:
-        return self.max_tokens
+    def length(self) -> tuple[int | None, str]:
+        """Tokens asked for, and by which field."""
+        return self.max_tokens, "max_tokens"
 
     @property
     def num_top_logprobs(self) -> int | None:

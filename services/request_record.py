@@ -26,9 +26,11 @@ class RequestRecord:
 
     @property
     def age_s(self) -> float:
+        """Seconds since the request came."""
         return time.monotonic() - self._began_s
 
     def note(self, **fields: Any) -> None:
+        """Add fields to the record."""
         self.fields.update(fields)
 
     def note_text(self, **fields: Any) -> None:
@@ -37,6 +39,7 @@ class RequestRecord:
             self.note(**fields)
 
     def write(self) -> None:
+        """Write the record to the log; the request is done."""
         self.note(seconds=round(self.age_s, 4))
         logger.info("request", extra={"record": self.fields})
 

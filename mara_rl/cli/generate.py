@@ -30,8 +30,8 @@ def generate(
         str | None, typer.Option(help="The LLM; unless given the one the agent was trained on.")
     ] = None,
     strength: Annotated[
-        float, typer.Option(help="Scales the agents: 0 the LLM alone, 1 as trained.")
-    ] = 1.0,
+        float | None, typer.Option(help="Scales the agents: 0 the LLM alone, 1 as trained.")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(help="Tokens at most.")] = 256,
     rule: Annotated[
         str | None, typer.Option(help="argmax_induced, threshold or sample; the agent's own.")
@@ -39,8 +39,8 @@ def generate(
     exact: Annotated[
         bool, typer.Option("--exact", help="Re-weight all candidates: π(t_k) ∝ p_k e^{term_k}.")
     ] = False,
-    temperature: Annotated[float, typer.Option(help="For rule sample.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="For rule sample.")] = 0,
+    temperature: Annotated[float | None, typer.Option(help="For rule sample; 1.")] = None,
+    seed: Annotated[int | None, typer.Option(help="For rule sample; 0.")] = None,
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="A text that ends the answer. Repeatable.")
     ] = None,
@@ -67,16 +67,20 @@ def generate(
     from mara_rl.decoding.request import DecodeRequest, DecodeSettings
     from mara_rl.policy_llm import DTYPES, SMOLLM2, load_policy_llm
 
-    if base and (agents or weights):
-        raise typer.BadParameter("--base answers without an agent: leave out --agent and --weight")
+    if base and (agents or weights or strength is not None):
+        raise typer.BadParameter(
+            "--base answers without an agent: leave out --agent, --weight and --strength"
+        )
+    if weights and not agents:
+        raise typer.BadParameter("--weight goes with --agent, one each")
     if dtype is not None and dtype not in DTYPES:
         raise typer.BadParameter(f"--dtype {dtype!r}: expected one of {', '.join(DTYPES)}")
     settings = DecodeSettings.parse(
         max_new_tokens=max_new_tokens,
         rule=rule,
         exact=exact,
-        temperature=temperature,
-        seed=seed,
+        temperature=1.0 if temperature is None else temperature,
+        seed=seed or 0,
         stop=tuple(stop or ()),
         top_k=top_k,
         top_p=top_p,
@@ -93,10 +97,14 @@ def generate(
         policy,
         prompt,
         settings,
-        blend=Blend.of(loaded, weights, strength) if loaded else None,
+        blend=Blend.of(loaded, weights, 1.0 if strength is None else strength) if loaded else None,
         system=system,
         allow_other_candidates=allow_other_candidates,
     )
+    if request.rule != "sample" and (temperature is not None or seed is not None):
+        raise ConfigError(
+            f"--temperature, --seed: rule {request.rule!r} draws nothing; expected --rule sample"
+        )
     decoder = Decoder(policy, num_slots=1)
     answer = decoder.submit(request)
     while not decoder.idle:

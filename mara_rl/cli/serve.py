@@ -56,7 +56,7 @@ def serve(
     from mara_rl.serving.config import EndpointConfig
     from mara_rl.serving.local import serve_locally
 
-    models = dict(_score(given) for given in scores or [])
+    models = _models(scores or [])
     log_file = mara_home() / "logs" / f"endpoint-{port}.jsonl"
     config = EndpointConfig.parse(
         {
@@ -64,7 +64,7 @@ def serve(
             "agents": agents or (),
             "slots": slots,
             "num_replicas": replicas,
-            "torch_threads": threads or max(1, (os.cpu_count() or 1) - 1),
+            "torch_threads": max(1, (os.cpu_count() or 1) - 1) if threads is None else threads,
             "num_gpus": gpus,
             "dtype": dtype,
             "keys_file": keys_file.resolve() if keys_file else None,
@@ -77,8 +77,16 @@ def serve(
     serve_locally(config, models, host=host, port=port, announce=print)
 
 
-def _score(given: str) -> tuple[str, str]:
-    name, _, model = given.partition("=")
-    if not name.isidentifier() or not model:
-        raise typer.BadParameter(f"--score {given!r}: expected NAME=MODEL, e.g. cost=smollm2-cost")
-    return name, model
+def _models(scores: list[str]) -> dict[str, str]:
+    """Score models by their names."""
+    models: dict[str, str] = {}
+    for given in scores:
+        name, _, model = given.partition("=")
+        if not name.isidentifier() or not model:
+            raise typer.BadParameter(
+                f"--score {given!r}: expected NAME=MODEL, e.g. cost=smollm2-cost"
+            )
+        if name in models:
+            raise typer.BadParameter(f"--score {given!r}: {name} is {models[name]!r} already")
+        models[name] = model
+    return models

@@ -53,6 +53,8 @@ def decide(
         fallback: what ``threshold`` takes when it accepts none.
         uniform: numbers in [0, 1) that ``sample`` inverts (R,), float64.
         temperature: of the induced distribution for ``sample`` (R,), above 0; None means 1.
+
+    Raises ValueError for ``sample`` without ``uniform``.
     """
     index = torch.arange(accept_logits.shape[1])
     seen = index < looked[:, None]
@@ -71,7 +73,8 @@ def decide(
         examined = torch.where(settled.any(1), settled.int().argmax(1) + 1, counts)
         best = induced.argmax(1)
         return Decision(torch.where(known, best, UNDECIDED), examined, best)
-    assert uniform is not None
+    if uniform is None:
+        raise ValueError("rule 'sample' needs uniform, the numbers it inverts π at")
     choice = _sampled(induced, left[:, -1], looked, counts, uniform, temperature)
     return Decision(choice, choice + 1)
 

@@ -1,5 +1,6 @@
 """The endpoint as a Ray Serve application: what ``import_path`` of a Serve config names."""
 
+import time
 from typing import TYPE_CHECKING
 
 from ray import serve
@@ -19,9 +20,11 @@ _SPARE_REQUESTS = 64  # beyond slots and waiting: refusals, health, metrics, the
 class AlignedLLM:
     """One replica. Ray Serve replaces it when its decoder breaks, and lets it drain at its end."""
 
-    def __init__(self, config: EndpointConfig) -> None:
+    def __init__(self, config: EndpointConfig, deployed: int) -> None:
+        """``deployed``: when the application was, in seconds since 1970."""
         log_requests(config)
-        self._endpoint = make_endpoint(config, replica=serve.get_replica_context().replica_tag)
+        replica = serve.get_replica_context().replica_tag
+        self._endpoint = make_endpoint(config, replica=replica, deployed=deployed)
         if config.alone:
             self._endpoint.load_in_background()
         else:
@@ -50,4 +53,5 @@ def application(config: EndpointConfig) -> serve.Application:
         graceful_shutdown_timeout_s=config.drain_timeout_s,
         **config.deployment_options(target_ongoing_requests=config.slots),
     )
-    return deployment(AlignedLLM).bind(config)
+    # One time for all replicas, so that their lists of models are the same.
+    return deployment(AlignedLLM).bind(config, int(time.time()))

@@ -3,9 +3,7 @@
 import functools
 import logging
 import os
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mara_rl.errors import ConfigError
 from mara_rl.serving.config import EndpointConfig
@@ -14,13 +12,9 @@ from services.decode_plan import Backend
 from services.endpoint import Endpoint
 from services.request_record import JsonLines
 
-if TYPE_CHECKING:
-    from mara_rl.agent import Agent
-    from mara_rl.tracking.registry import AgentRegistry
 
-
-def make_endpoint(config: EndpointConfig, *, replica: str = "") -> Endpoint:
-    """An endpoint whose backend is still to be loaded.
+def make_endpoint(config: EndpointConfig, *, deployed: int, replica: str = "") -> Endpoint:
+    """An endpoint whose backend is still to be loaded; ``deployed`` in seconds since 1970.
 
     Raises ConfigError where it would answer without a key and that is not allowed.
     """
@@ -31,7 +25,7 @@ def make_endpoint(config: EndpointConfig, *, replica: str = "") -> Endpoint:
             "only this machine reaches"
         )
     return Endpoint(
-        functools.partial(_backend, config),
+        functools.partial(_backend, config, deployed),
         ApiKeys(keys, max_concurrent=config.limits.max_concurrent),
         config.limits,
         replica=replica,
@@ -50,13 +44,14 @@ def log_requests(config: EndpointConfig) -> None:
         logger.propagate = False
 
 
-def _backend(config: EndpointConfig) -> Backend:
+def _backend(config: EndpointConfig, deployed: int) -> Backend:
     import torch
 
+    from mara_rl.agent_refs import fetch_agent
     from mara_rl.decoding.decoder import Decoder
     from mara_rl.policy_llm import load_policy_llm
     from mara_rl.tracking.agent_catalog import RegistryCatalog, served_name
-    from mara_rl.tracking.registry import AgentRegistry
+    from mara_rl.tracking.registry import AgentRegistry, is_registry_ref
     from services.decode_loop import DecodeLoop
     from services.score_client import ScoreClient, ScoreClientConfig
     from services.token_report import TokenReport
@@ -66,17 +61,27 @@ def _backend(config: EndpointConfig) -> Backend:
     llm = load_policy_llm(config.llm, device=device, dtype=config.dtype)
     uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "").strip()
     registry = AgentRegistry(uri) if uri else None
-    fixed, registered = {}, []
+    llm_name, fixed, registered = served_llm_name(config.llm), {}, []
     for given in config.agents:
         name, ref = served_name(given)
+        from_registry = is_registry_ref(ref)
+        if from_registry and registry is None:
+            raise ConfigError(f"agent {ref!r}: no MLflow to ask; set tracking_uri")
         if ref == f"models:/{name}":  # follows its alias, like all of the registry
             registered.append(name)
-        elif name in fixed:
-            raise ConfigError(f"agents: two are served as {name!r}; expected name=REF for one")
+        elif name in fixed or name == llm_name:
+            other = "the LLM is" if name == llm_name else "two are"
+            raise ConfigError(f"agents: {other} served as {name!r}; expected name=REF for one")
         else:
-            fixed[name] = functools.partial(_resolve, ref, registry)
+            resolve = registry.resolve if registry and from_registry else fetch_agent
+            fixed[name] = functools.partial(resolve, ref)
     catalog = RegistryCatalog(
-        llm, fixed, registry, poll_s=config.poll_s, allow_other_llm=config.allow_other_llm
+        llm,
+        fixed,
+        registry,
+        created=deployed,
+        poll_s=config.poll_s,
+        allow_other_llm=config.allow_other_llm,
     )
     for name in registered:
         if catalog.loaded(name) is None:
@@ -95,13 +100,13 @@ def _backend(config: EndpointConfig) -> Backend:
     )
     loop.start()
     return Backend(
-        served_llm_name(config.llm),
+        llm_name,
         llm,
         loop,
         catalog,
         scorer,
         TokenReport(llm),
-        started=int(time.time()),
+        deployed,
     )
 
 
@@ -109,14 +114,3 @@ def served_llm_name(name: str) -> str:
     """What requests call the LLM: its hub id or shipped name, of a folder or file the last part."""
     path = Path(name).expanduser()
     return path.resolve().name if path.exists() or path.is_absolute() else name
-
-
-def _resolve(ref: str, registry: "AgentRegistry | None") -> "Agent":
-    from mara_rl.agent_refs import fetch_agent
-    from mara_rl.tracking.registry import is_registry_ref
-
-    if not is_registry_ref(ref):
-        return fetch_agent(ref)
-    if registry is None:
-        raise ConfigError(f"agent {ref!r}: no MLflow to ask; set tracking_uri")
-    return registry.resolve(ref)

@@ -3,7 +3,6 @@
 import logging
 import re
 import threading
-import time
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 
@@ -34,6 +33,7 @@ class RegistryCatalog:
         fixed: Mapping[str, Callable[[], Agent]],
         registry: AgentRegistry | None,
         *,
+        created: int,
         poll_s: float = 2.0,
         allow_other_llm: bool = False,
     ) -> None:
@@ -41,6 +41,7 @@ class RegistryCatalog:
         Args:
             fixed: names of agents from elsewhere, and how to load them.
             registry: where names of registered agents are looked up; None: nowhere.
+            created: what fixed agents say of when they were made, in seconds since 1970.
             poll_s: how often aliases are looked up.
             allow_other_llm: let agents of another LLM of the same hidden size answer.
 
@@ -50,9 +51,8 @@ class RegistryCatalog:
         self._registry = registry
         self._poll_s = poll_s
         self._allow_other_llm = allow_other_llm
-        now = int(time.time())
         self._fixed = {
-            name: ServedAgent(name, self._fitted(load()), now) for name, load in fixed.items()
+            name: ServedAgent(name, self._fitted(load()), created) for name, load in fixed.items()
         }
         self._aliases: dict[str, ServedAgent] = {}
         self._versions: OrderedDict[str, ServedAgent] = OrderedDict()  # the last one used last
@@ -61,9 +61,11 @@ class RegistryCatalog:
         self._state = threading.Lock()
         self._asking = threading.Lock()  # one call of MLflow at a time: its limits are process-wide
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="agent-catalog", daemon=True)
+        self._thread = threading.Thread(
+            target=self._follow, args=(registry,), name="agent-catalog", daemon=True
+        )
         if registry is not None:
-            self.refresh()
+            self._refresh(registry)
             self._thread.start()
 
     def names(self) -> Sequence[tuple[str, ServedAgent]]:
@@ -78,30 +80,34 @@ class RegistryCatalog:
             return found
 
     def load(self, name: str) -> ServedAgent:
-        parts = _NAME.fullmatch(name)
+        registry, parts = self._registry, _NAME.fullmatch(name)
         alias = parts and parts[2]
-        if self._registry is None or parts is None or alias not in (None, CHAMPION, CANDIDATE):
+        if registry is None or parts is None or alias not in (None, CHAMPION, CANDIDATE):
             known = ", ".join(known for known, _ in self.names()) or "none"
             raise DataError(f"model {name!r} does not exist; agents are: {known}")
         if self._away is not None:
             raise RetryableError(f"model {name!r} is not loaded, and the registry is away")
         with self._asking:
             try:
-                listed = self._registry.find(f"models:/{name}")
+                listed = registry.find(f"models:/{name}")
             except DataError as error:  # MLflow's own words tell where it is
                 raise DataError(f"model {name!r} does not exist in the registry") from error
-            return self._load_version(listed)
+            return self._load_version(registry, listed)
 
-    def refresh(self) -> None:
+    def close(self) -> None:
+        self._closed.set()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _refresh(self, registry: AgentRegistry) -> None:
         """Look up all aliases, load what they name. MLflow being away is logged, not raised."""
-        assert self._registry is not None
         aliases: dict[str, ServedAgent] = {}
         try:
             with self._asking:
-                for registered in self._registry.list():
+                for registered in registry.list():
                     named = {CHAMPION: registered.champion, CANDIDATE: registered.candidate}
                     for alias, version in named.items():
-                        found = self._usable(registered.name, version)
+                        found = self._usable(registry, registered.name, version)
                         if found is not None:
                             aliases[f"{registered.name}@{alias}"] = found
         except (RetryableError, ConfigError) as error:
@@ -113,19 +119,16 @@ class RegistryCatalog:
         with self._state:
             self._aliases = aliases
 
-    def close(self) -> None:
-        self._closed.set()
-        if self._thread.is_alive():
-            self._thread.join()
-
-    def _follow(self) -> None:
+    def _follow(self, registry: AgentRegistry) -> None:
         while not self._closed.wait(self._poll_s):
             try:
-                self.refresh()
+                self._refresh(registry)
             except Exception:  # the next look-up may do better; meanwhile agents go on
                 logger.exception("looking up the aliases of agents failed")
 
-    def _usable(self, name: str, version: int | None) -> ServedAgent | None:
+    def _usable(
+        self, registry: AgentRegistry, name: str, version: int | None
+    ) -> ServedAgent | None:
         """A version that an alias names; None where it does not fit, which is looked at once."""
         key = f"{name}/{version}"
         if version is None or key in self._refused:
@@ -133,12 +136,11 @@ class RegistryCatalog:
         found = self.loaded(key)
         if found is not None:
             return found
-        assert self._registry is not None
         try:
-            listed = self._registry.find(f"models:/{key}")
+            listed = registry.find(f"models:/{key}")
             if not self._may_fit(listed):
                 raise DataError(f"trained on LLM {listed.tags['llm']!r}")
-            return self._load_version(listed)
+            return self._load_version(registry, listed)
         except DataError as error:
             logger.info("agent %s is not served: %s", key, error)
             self._refused[key] = str(error)
@@ -150,13 +152,12 @@ class RegistryCatalog:
         own, other = (name.rpartition("/")[2].lower() for name in (trained_on, self._llm.name))
         return self._allow_other_llm or not own or own == other
 
-    def _load_version(self, listed: AgentVersion) -> ServedAgent:
+    def _load_version(self, registry: AgentRegistry, listed: AgentVersion) -> ServedAgent:
         key = f"{listed.name}/{listed.version}"
         found = self.loaded(key)
         if found is not None:
             return found
-        assert self._registry is not None
-        agent = self._fitted(self._registry.resolve(f"models:/{key}"))
+        agent = self._fitted(registry.resolve(f"models:/{key}"))
         served = ServedAgent(key, agent, int(listed.created.timestamp()))
         with self._state:
             self._versions[key] = served

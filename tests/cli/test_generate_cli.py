@@ -71,6 +71,18 @@ def test_a_trace_shows_each_token(generate, agent):
     ("arguments", "status", "message"),
     [
         (("--base", "--agent", "x"), 2, "leave out --agent"),
+        (("--base", "--strength", 0.5), 2, "leave out --agent, --weight and --strength"),
+        (("--weight", 1), 2, "--weight goes with --agent"),
+        (
+            ("--agent", "{agent}", "--max-new-tokens", 9, "--temperature", 0.7),
+            1,
+            "'argmax_induced' draws nothing",
+        ),
+        (
+            ("--base", "--llm", "{llm}", "--max-new-tokens", 9, "--seed", 3),
+            1,
+            "draws nothing; expected --rule sample",
+        ),
         (("--agent", "/no/such"), 1, "'/no/such': no such file or folder"),
         (
             ("--agent", "{agent}", "--top-k", 3, "--max-new-tokens", 9),

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import openai
@@ -56,7 +57,9 @@ def serve(monkeypatch, capsys):
         (("--port", "0"), 2, "--port"),
         (("--slots", "0"), 1, "endpoint: slots: .* not 0"),
         (("--dtype", "int3"), 1, "endpoint: dtype"),
+        (("--threads", "0"), 1, "endpoint: torch_threads: .* not 0"),
         (("--score", "reward"), 2, "expected NAME=MODEL"),
+        (("--score", "a=x", "--score", "a=y"), 2, "a is 'x' already"),
         (("--keys-file", "/no/such"), 1, "keys_file '/no/such'"),
     ],
 )
@@ -185,6 +188,61 @@ def test_the_endpoint_over_ray_serve(tiny_llms, tmp_path, monkeypatch):
         records = [json.loads(line) for line in log]
         assert any(record.get("completion_tokens") == 12 for record in records)
         assert "bake bread" not in "".join(log)
+    finally:
+        server.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
+def test_two_replicas_answer_as_one(tiny_llms, tmp_path, monkeypatch):
+    monkeypatch.setenv("MARA_HOME", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    folder = tmp_path / "tiny-llm"
+    shutil.copytree(tiny_llms["llama"], folder)
+    llm = load_policy_llm(str(folder), device="cpu", dtype="float32")
+    for name in ("local", "agent-1"):
+        save_agent(random_agent(llm, "relative", top_k=6, llm=str(folder)), tmp_path / name)
+    register(tracking_uri(allow_local=True), tmp_path / "agent-1", str(folder))
+    server = ServeProcess(
+        tmp_path,
+        *("--llm", folder, "--slots", 2, "--threads", 1, "--replicas", 2),
+        *("--agent", f"local={tmp_path / 'local'}"),
+    )
+    try:
+        server.wait_until_ready()
+        client = openai.OpenAI(base_url=f"{server.url}/v1", api_key=KEY, max_retries=0)
+
+        def ask(number: int) -> tuple[str, str, int]:
+            answer = client.chat.completions.create(
+                model="local" if number % 2 else "mara-tiny@candidate",
+                messages=ASK,
+                max_tokens=24,
+                temperature=1.0,
+                seed=3,
+            )
+            text = answer.choices[0].message.content
+            return answer.system_fingerprint, text, answer.usage.completion_tokens
+
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(ask, range(24)))
+        assert {version for version, _, _ in answers} == {"local", "mara-tiny/1"}
+        assert len(set(answers)) == 2, "replicas answer the same request differently"
+        for path in ("/v1/models", "/v1/models/local", "/health"):
+            headers = {"Authorization": f"Bearer {KEY}"}
+            told = [requests.get(server.url + path, headers=headers, timeout=30) for _ in range(16)]
+            assert {answer.status_code for answer in told} == {200}
+            assert len({answer.text for answer in told}) == 1, path
+        tokens: dict[str, float] = {}
+        deadline = time.monotonic() + 60
+        while len(tokens) < 2:  # a scrape reaches one of them
+            assert time.monotonic() < deadline, tokens
+            pattern = r'^mara_tokens_total\{kind="aligned",replica="(.+)"\} (.+)$'
+            found = re.findall(pattern, metrics(server), re.MULTILINE)
+            tokens |= {replica: float(value) for replica, value in found}
+        assert all(tokens.values()), "one replica has done all the work"
+        assert sum(tokens.values()) == sum(count for _, _, count in answers)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(timeout=60) == 0
     finally:
         server.kill()
 

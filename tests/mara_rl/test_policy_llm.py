@@ -11,7 +11,7 @@ import torch
 
 from mara_rl.decoding.text_stream import TextStream
 from mara_rl.errors import ConfigError, DataError
-from mara_rl.policy_llm import load_policy_llm, smollm2_gguf
+from mara_rl.policy_llm import PolicyLLM, load_policy_llm, smollm2_gguf
 
 # How the families write a conversation, in short; with system and user turn, and what it gives.
 LLAMA_3 = """\
@@ -50,10 +50,14 @@ TEMPLATES = {
 }
 GEMMA = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
-    "{{ raise_exception('System role not supported') }}{% endif %}"
-    "{% for m in messages %}<start_of_turn>{{ m['role'] }}\n{{ m['content'] }}<end_of_turn>\n"
-    "{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+    "{{ raise_exception('System role not supported') }}{% endif %}{% for m in messages %}"
+    "{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}"
+    "<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ m['content'] | trim }}<end_of_turn>\n{% endfor %}"
+    "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
+GEMMA_TURN = "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\n"
 
 
 @pytest.fixture
@@ -68,6 +72,11 @@ def with_template(folder: Path, template: str | None):
     if template is not None:
         file.write_text(template, encoding="utf-8")
     return load_policy_llm(str(folder), dtype="float32")
+
+
+def ids_of(llm: PolicyLLM, text: str) -> list[int]:
+    """Token ids of a text as it stands, special tokens by their names."""
+    return llm.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 def test_golden_ids_of_smollm2(smollm2) -> None:
@@ -86,13 +95,19 @@ def test_prompts_are_what_the_template_writes(folder, family) -> None:
     template, golden = TEMPLATES[family]
     llm = with_template(folder, template)
     text = golden.format(bos=llm.tokenizer.bos_token)
-    assert llm.tokenizer.decode(llm.prompt_ids("Hi", system="Be brief.")) == text
+    assert llm.prompt_ids("Hi", system="Be brief.") == ids_of(llm, text)
     assert ("Default." in llm.tokenizer.decode(llm.prompt_ids("Hi"))) == (family == "qwen")
 
 
 def test_a_system_prompt_where_there_is_no_such_role_is_refused(folder) -> None:
     llm = with_template(folder, GEMMA)
-    assert llm.tokenizer.decode(llm.prompt_ids("Hi")).endswith("model\n")
+    bos = llm.tokenizer.bos_token
+    assert llm.prompt_ids("Hi") == ids_of(llm, bos + GEMMA_TURN)
+    turns = [{"role": role, "content": "Hi"} for role in ("user", "assistant", "user")]
+    model = "<start_of_turn>user\nHi<end_of_turn>\n<start_of_turn>model\nHi<end_of_turn>\n"
+    assert llm.chat_ids(turns) == ids_of(llm, bos + model + GEMMA_TURN)
+    with pytest.raises(ConfigError, match=r"roles user, user: Conversation roles must alternate"):
+        llm.chat_ids([turns[0], turns[0]])
     with pytest.raises(ConfigError, match=r"roles system, user: System role not supported"):
         llm.prompt_ids("Hi", system="Be brief.")
 

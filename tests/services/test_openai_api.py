@@ -21,6 +21,8 @@ from services.decode_plan import ApiLimits
 
 ASK = [{"role": "user", "content": "How do I bake bread?"}]
 KEY = "a-key-for-the-tests"
+JSON = {"Content-Type": "application/json"}
+HALF = "a \ud83d"
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +201,21 @@ def test_completions_go_on_with_raw_text(client, llm, agents):
     assert client.completions.create(model=LLM, prompt="a").usage.completion_tokens <= 16
 
 
+def test_prompts_that_are_too_many_or_of_no_token_are_named(server, client, llm, monkeypatch):
+    with pytest.raises(openai.BadRequestError, match="20 prompts with 1 answers") as caught:
+        client.completions.create(model=LLM, prompt=["x"] * 20)
+    assert caught.value.param == "prompt"
+    with pytest.raises(openai.BadRequestError, match="4 prompts with 5 answers") as caught:
+        client.completions.create(model=LLM, prompt=["x"] * 4, n=5)
+    assert caught.value.param == "n"
+    # Some tokenizers drop white space; a decoder could not begin.
+    backend = server[1].backend()
+    monkeypatch.setattr(backend.llm, "tokenizer", lambda text: {"input_ids": []})
+    with pytest.raises(openai.BadRequestError, match="prompt: no token") as caught:
+        client.completions.create(model=LLM, prompt=" ")
+    assert caught.value.param == "prompt"
+
+
 def test_a_trace_says_how_each_token_was_chosen(client, llm, agents):
     wanted = expected(llm, agents)
     choice = chat(client, mara={"trace": True}).choices[0]
@@ -281,8 +298,17 @@ BAD = {
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
         "messages.0.content",
     ),
+    "tool calls": (
+        {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}, *ASK]},
+        "messages.0.tool_calls",
+    ),
+    "name": ({"messages": [{"role": "user", "content": "x", "name": "Ada"}]}, "messages.0.name"),
     "long": ({"messages": [{"role": "user", "content": "x" * 400}]}, "messages"),
     "max_tokens": ({"max_tokens": 5000}, "max_tokens"),
+    "max_completion_tokens": (
+        {"max_tokens": openai.omit, "max_completion_tokens": 5000},
+        "max_completion_tokens",
+    ),
     "no room": ({"max_tokens": 250}, "messages"),
     "both lengths": ({"max_completion_tokens": 5}, "max_tokens"),
     "top_logprobs": ({"top_logprobs": 2}, "top_logprobs"),
@@ -295,11 +321,13 @@ BAD = {
         {"model": "published", "extra_body": {"mara": {"strength": 2}}},
         "mara.strength",
     ),
+    "many best_of": ({"temperature": 1, "extra_body": {"mara": {"best_of": 17}}}, "mara.best_of"),
     "blend": ({"extra_body": {"mara": {"blend": {"published": 1}}}}, "mara.blend"),
     "rank_by": (
         {"temperature": 1, "extra_body": {"mara": {"best_of": 2, "rank_by": {"x": 1}}}},
         "mara.rank_by",
     ),
+    "rank_by of one": ({"extra_body": {"mara": {"rank_by": {"reward": 1}}}}, "mara.rank_by"),
     "greedy best_of": ({"extra_body": {"mara": {"best_of": 2}}}, "mara.best_of"),
     "small best_of": (
         {"n": 3, "temperature": 1, "extra_body": {"mara": {"best_of": 2}}},
@@ -318,6 +346,17 @@ def test_what_is_not_supported_is_refused_by_name(client, case):
     assert error.param.startswith(param)
     assert error.type == "invalid_request_error"
     assert error.body["message"].count("\n") == 0
+
+
+def test_an_answer_may_be_sent_back_as_the_client_has_it(client):
+    said = chat(client).choices[0].message
+    plain = {"role": "assistant", "content": said.content}
+    whole = chat(client, messages=[*ASK, plain, *ASK])
+    for again in (said, said.model_dump()):
+        answer = chat(client, messages=[*ASK, again, *ASK])
+        assert answer.choices == whole.choices
+        assert answer.usage == whole.usage
+    assert whole.usage.prompt_tokens > 2 * chat(client).usage.prompt_tokens
 
 
 def test_values_that_ask_for_nothing_are_let_pass(client, llm, agents):
@@ -347,6 +386,38 @@ def test_bodies_that_are_no_request(server):
     missing = requests.get(f"{server[0]}/v1/nothing", timeout=30)
     assert missing.status_code == 404
     assert "/v1/nothing" in missing.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "given", "param"),
+    [
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": HALF}]},
+            "messages.0.content",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": HALF}]}]},
+            "messages.0.content.0.text",
+        ),
+        (
+            "chat/completions",
+            {"messages": ASK, "mara": {"rank_by": {HALF: 1}}},
+            "mara.rank_by.a \N{REPLACEMENT CHARACTER}",
+        ),
+        ("completions", {"prompt": HALF}, "prompt"),
+        ("completions", {"prompt": ["whole", HALF]}, "prompt.1"),
+    ],
+)
+def test_half_of_a_character_is_refused(server, path, given, param):
+    """JavaScript's slice() leaves such texts; a tokenizer takes none of them."""
+    body = json.dumps({"model": AGENT, **given})  # in which it is an escape, as they send it
+    answer = requests.post(f"{server[0]}/v1/{path}", data=body, headers=JSON, timeout=30)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert "half of a character" in error["message"]
+    assert error["param"].startswith(param)
 
 
 def test_too_large_a_body_is_refused_however_it_is_sent(llm):

@@ -15,6 +15,7 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from small_agents import random_agent
 
+from mara_rl.errors import RetryableError
 from mara_rl.policy_llm import load_policy_llm
 from services.openai_api import PAGE
 
@@ -143,7 +144,11 @@ def test_both_answers_stream_side_by_side_with_scores(page, url):
         facts = page.text(f"{side} .facts")
         assert "reward" in facts
         assert "cost, lower is better" in facts
-    assert "candidates a token" in page.text("#aligned .facts")
+    asked = {"model": AGENT, "messages": [said], "max_tokens": 64, "mara": {}}
+    told = httpx2.post(f"{url}/v1/chat/completions", json=asked).json()
+    each = told["choices"][0]["mara"]["examined"] / told["usage"]["completion_tokens"]
+    assert f"candidates a token\n{each:.2f}" in page.text("#aligned .facts")
+    assert page.find("#progress").get_attribute("textContent") == "Both answers are complete."
     assert any(word in page.text("#aligned .facts") for word in ("better", "worse", "same"))
     assert page.errors() == []
 
@@ -256,6 +261,9 @@ def test_a_key_is_asked_for(page, llm):
         page.until_answered()
         assert page.all("#aligned .t")
         assert not page.find("#key").is_displayed()
+        call = page.find("#call").get_attribute("textContent")
+        assert '-H "Authorization: Bearer $MARA_API_KEY"' in call
+        assert KEY not in call
 
 
 def test_without_agents_or_a_server_it_says_so(page, llm):
@@ -267,6 +275,31 @@ def test_without_agents_or_a_server_it_says_so(page, llm):
         page.find("#send").click()
         page.until_answered()
         assert page.text("#base .text")
+        assert page.find("#progress").get_attribute("textContent") == "The answer is complete."
     page.find("#send").click()
     page.until(lambda: page.all("#base .problem"), "an error is not shown")
     assert "does not answer" in page.text("#base .problem")
+    page.until(lambda: page.text("#llm") == "not available", "the page thinks the server is there")
+    assert page.find("#progress").get_attribute("textContent") == ""
+
+
+def test_scores_that_did_not_come_are_said_to_be_once(page, llm):
+    class Away(LengthScorer):
+        away = True
+
+        def score(self, pairs):
+            if self.away:
+                raise RetryableError("score 'reward' is away")
+            return super().score(pairs)
+
+    scorer = Away()
+    with running_endpoint(make_backend(llm, scorer=scorer)) as (url, _):
+        page.open(url)
+        page.ask()
+        page.until_answered()
+        assert page.text("#notice") == "Scores: score 'reward' is away"
+        assert "–" in page.text("#aligned .facts")
+        scorer.away = False
+        page.ask()
+        page.until_answered()
+        assert not page.find("#notice").is_displayed()

@@ -77,7 +77,7 @@ def make_backend(
     decode_loop = DecodeLoop(decoder, max_waiting=max_waiting)
     decode_loop.start()
     catalog = FixedCatalog(agents)
-    return Backend(LLM, llm, decode_loop, catalog, scorer, TokenReport(llm), started=1)
+    return Backend(LLM, llm, decode_loop, catalog, scorer, TokenReport(llm), deployed=1)
 
 
 @contextlib.contextmanager

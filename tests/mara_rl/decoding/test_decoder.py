@@ -150,6 +150,18 @@ def test_rules_equal_the_serial_decoder(
     assert any(a.examined > len(a.token_ids) for a in answers), "nothing was ever rejected"
 
 
+@pytest.mark.parametrize("options", RULES[:4], ids=lambda options: "-".join(options.values()))
+def test_rules_equal_the_serial_decoder_in_every_family(
+    any_llm: PolicyLLM, options: dict[str, object]
+) -> None:
+    agent = random_agent(any_llm, "advantage", top_k=6, top_p=0.9)
+    answers = decode(any_llm, PROMPTS[:2], agents=(agent,), **options)
+    serial = Serial(any_llm, Blend.of([agent]), **options)
+    assert [a.token_ids for a in answers] == [
+        serial.answer(p, i) for i, p in enumerate(PROMPTS[:2])
+    ]
+
+
 def test_what_follows_a_leader_is_looked_at_in_the_same_forward(
     tiny_llm: PolicyLLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,6 +93,8 @@ def test_looking_stops_early_where_the_choice_is_known() -> None:
     assert decide("argmax_induced", -logits[:, :1], one, three).choice.tolist() == [UNDECIDED]
     early = torch.tensor([0.2], dtype=torch.float64)
     assert decide("sample", logits[:, :1], one, three, uniform=early).choice.tolist() == [0]
+    with pytest.raises(ValueError, match="needs uniform"):
+        decide("sample", logits[:, :1], one, three)
 
 
 def test_reweighted_logits_induce_the_reweighted_distribution() -> None:

@@ -6,7 +6,7 @@ import yaml
 from pydantic import ValidationError
 from ray.serve.schema import ServeDeploySchema
 
-from mara_rl.errors import ConfigError
+from mara_rl.errors import ConfigError, MaraError
 from mara_rl.serving.config import EndpointConfig
 from mara_rl.serving.endpoint import make_endpoint, served_llm_name
 
@@ -43,10 +43,29 @@ def test_one_replica_answers_while_it_loads_several_load_first():
 def test_without_keys_it_must_be_told_to_answer_anybody(monkeypatch):
     monkeypatch.delenv("MARA_API_KEY", raising=False)
     with pytest.raises(ConfigError, match="no API keys: set MARA_API_KEY or keys_file"):
-        make_endpoint(EndpointConfig())
-    assert not make_endpoint(EndpointConfig(anonymous=True)).keys
+        make_endpoint(EndpointConfig(), deployed=0)
+    assert not make_endpoint(EndpointConfig(anonymous=True), deployed=0).keys
     monkeypatch.setenv("MARA_API_KEY", "long-enough")
-    assert make_endpoint(EndpointConfig()).keys
+    assert make_endpoint(EndpointConfig(), deployed=0).keys
+
+
+@pytest.mark.parametrize(
+    ("agents", "message"),
+    [
+        (("same=one", "same=other"), "two are served as 'same'"),
+        (("llama=one",), "the LLM is served as 'llama'"),
+        (("models:/mara-x/3",), "no MLflow to ask"),
+        (("gone=./no/such",), "no such file or folder"),
+    ],
+)
+def test_agents_that_cannot_be_served_are_named(tiny_llms, monkeypatch, agents, message):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    config = EndpointConfig(llm=str(tiny_llms["llama"]), agents=agents, anonymous=True)
+    endpoint = make_endpoint(config, deployed=0)
+    with pytest.raises(MaraError, match=message):
+        endpoint.load()
+    with pytest.raises(RuntimeError, match="loading failed"):
+        endpoint.check()
 
 
 def test_names_requests_call_an_llm_by(tmp_path):

@@ -41,7 +41,7 @@ def open_catalog(llm):
 
     def make(uri: str | None, *, poll_s: float = 0.1, **options: object) -> RegistryCatalog:
         registry = AgentRegistry(uri) if uri else None
-        catalogs.append(RegistryCatalog(llm, {}, registry, poll_s=poll_s, **options))
+        catalogs.append(RegistryCatalog(llm, {}, registry, created=5, poll_s=poll_s, **options))
         return catalogs[-1]
 
     yield make
@@ -141,15 +141,16 @@ def test_a_registry_that_is_away_at_the_start_does_not_stop_it(open_catalog, mon
 
 def test_fixed_agents_need_no_registry(llm, make_agent):
     folder = make_agent(1, hidden_size=32)
-    catalog = RegistryCatalog(llm, {"mine": lambda: load_agent(folder)}, None)
+    catalog = RegistryCatalog(llm, {"mine": lambda: load_agent(folder)}, None, created=5)
     assert [name for name, _ in catalog.names()] == ["mine"]
     assert same(catalog.loaded("mine"), folder)
+    assert catalog.loaded("mine").created == 5
     with pytest.raises(DataError, match="'mara-llm/1' does not exist; agents are: mine"):
         catalog.load(f"{NAME}/1")
     catalog.close()
     small = make_agent(2, hidden_size=8)
     with pytest.raises(DataError, match="hidden size 8"):
-        RegistryCatalog(llm, {"small": lambda: load_agent(small)}, None)
+        RegistryCatalog(llm, {"small": lambda: load_agent(small)}, None, created=5)
 
 
 def test_versions_nobody_needs_are_given_up(sqlite_uri, make_agent, open_catalog, monkeypatch):
