@@ -22,8 +22,8 @@ from mara_rl.home import mara_home
 # Base answers and iterations chosen for about equal token-forwards; the table shows the real ones.
 VARIANTS = {
     "both": [],
-    "warm": ["warm_start.answers=2160", "ppo.iterations=0"],
-    "ppo": ["warm_start=null", "ppo.iterations=28", "ppo.lr=1.0e-4"],
+    "warm": ["warm_start.answers=1984", "ppo.iterations=0"],
+    "ppo": ["warm_start=null", "ppo.iterations=36", "ppo.lr=1.0e-4"],
 }
 AXES = ("both", "helpful", "harmless")
 

@@ -209,5 +209,7 @@ def test_a_service_without_keys_does_not_start(
     config = ScoreServiceConfig(model=str(BeaverFolder(tmp_path / "m").write()), num_cpus=0.1)
     with ray_session(num_cpus=1):
         serve.start(proxy_location="Disabled")
-        with pytest.raises(RuntimeError, match="no keys: set MARA_SCORE_KEY"):
+        with pytest.raises(RuntimeError, match="application reward failed"):
             serve.run(keyed_score_application(config), name="reward", route_prefix="/reward")
+        [deployment] = serve.status().applications["reward"].deployments.values()
+        assert "no keys: set MARA_SCORE_KEY" in deployment.message
