@@ -12,6 +12,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    WithJsonSchema,
     field_validator,
     model_validator,
 )
@@ -44,9 +45,13 @@ def _one_or_many(value: Any) -> Any:
 Text = Annotated[str, AfterValidator(_whole)]
 """JSON may hold half of a character, as programs that cut texts by UTF-16 units write it."""
 Zero = Annotated[float, AfterValidator(_neutral), Field(ge=0, le=0)]
-No = Annotated[bool, AfterValidator(_neutral)]
-Nothing = Annotated[dict[str, Any] | list[Any], AfterValidator(_neutral)]
-NoText = Annotated[str, AfterValidator(_neutral)]
+No = Annotated[bool, AfterValidator(_neutral), WithJsonSchema({"const": False})]
+Nothing = Annotated[
+    dict[str, Any] | list[Any],
+    AfterValidator(_neutral),
+    WithJsonSchema({"type": ["object", "array"], "maxProperties": 0, "maxItems": 0}),
+]
+NoText = Annotated[str, AfterValidator(_neutral), WithJsonSchema({"const": ""})]
 StopTexts = Annotated[
     list[Annotated[str, Field(min_length=1, max_length=256)]],
     Field(max_length=4),
