@@ -1,4 +1,4 @@
-"""What each way of training an agent brings on a public prompt set, for docs/results.md.
+"""What each way of training an agent brings on a public prompt set.
 
     python benchmarks/safe_rlhf.py --train safe_rlhf_prompts_train.jsonl \
         --dev safe_rlhf_prompts_dev.jsonl --out results

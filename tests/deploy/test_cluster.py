@@ -3,7 +3,6 @@
 import json
 import os
 import re
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import openai
 import pytest
 import requests
 import yaml
-from local_cluster import ROOT, LocalCluster, free_ports, local_cluster
+from local_cluster import ROOT, LocalCluster, free_ports, local_cluster, system_redis
 
 from mara_rl.training.run_folder import RunOutcome
 
@@ -26,7 +25,7 @@ SUBMIT = str(ROOT / "deploy" / "submit.sh")
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
-    if shutil.which("redis-server") is None:
+    if system_redis() is None:
         reason = "no redis-server: apt-get install redis-server"
         pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
     folder = tmp_path_factory.mktemp("cluster")

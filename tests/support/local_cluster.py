@@ -127,6 +127,12 @@ def ray_head(
             yield
 
 
+def system_redis() -> str | None:
+    """The system's redis-server: the one that an active virtual environment has speaks no TLS."""
+    places = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    return shutil.which("redis-server", path=os.pathsep.join(p for p in places if Path(p) != BIN))
+
+
 @contextlib.contextmanager
 def tls_redis(folder: Path) -> Iterator[str]:
     """URL of a redis-server that speaks TLS only and asks for a password."""
@@ -146,7 +152,7 @@ def tls_redis(folder: Path) -> Iterator[str]:
         "appendonly": "yes",
         "dir": str(folder),
     }
-    binary = shutil.which("redis-server")
+    binary = system_redis()
     assert binary is not None
     command = [binary, *(part for name, value in settings.items() for part in (f"--{name}", value))]
     url = f"rediss://:{password}@127.0.0.1:{port}/0?ssl_ca_certs={certificate}"
