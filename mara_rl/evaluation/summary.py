@@ -68,10 +68,14 @@ class Judged:
 
 
 def baseline_scales(plan: EvaluationPlan, scores: Mapping[str, Scores]) -> dict[str, float]:
-    """The plan's scales, or each score's standard deviation on the baseline's answers (1 for 0)."""
+    """The plan's scales, or each score's standard deviation on the baseline's answers (1 for 0).
+
+    Of a best-of-N baseline, on the answers it chooses among: the choice itself needs scales.
+    """
     if plan.scales is not None:
         return {axis: plan.scales[axis] for axis in AXES}  # type: ignore[index]
-    found = scores[plan.baseline_name]
+    baseline = plan.methods[plan.baseline_name]
+    found = scores[baseline.of if isinstance(baseline, BestOfMethod) else plan.baseline_name]
     return {axis: float(found[axis].std()) or 1.0 for axis in AXES}
 
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 from small_agents import make_agent, random_agent
@@ -167,6 +168,21 @@ def test_every_kind_of_method_from_a_plan_to_a_report(evaluate, made, tmp_path):
         assert weighted("best-of-4", f"p{number}", 0) == pytest.approx(max(pool))
     check_summary(summary, scores)
     check_report((out / "report.html").read_text(encoding="utf-8"))
+    # Another baseline, even one that is chosen among scored answers, needs no new answers.
+    status, text, err = evaluate(
+        tmp_path / "plan.yaml", "--out", out, "--set", "baseline=best-of-2"
+    )
+    assert status == 0, err
+    other = json.loads((out / "summary.json").read_text())
+    assert other["baseline"] == "best-of-2"
+    both = other["methods"]["base"]["versus_baseline"]["tiny"]["both"]["rate"]
+    assert both == pytest.approx(-summary["pairwise"]["tiny"]["best-of-2"]["base"]["rate"])
+    pool = [
+        row["scores"]["tiny"]["cost"]
+        for row in read_rows(out / "scores.jsonl")
+        if row["method"] == "sampled"
+    ]
+    assert other["scales"]["tiny"]["cost"] == pytest.approx(np.std(pool))
     # The same again makes nothing twice.
     before = {path: path.stat().st_mtime_ns for path in (out / "answers").glob("[!b]*.jsonl")}
     again, text, _ = evaluate(tmp_path / "plan.yaml", "--out", out)
