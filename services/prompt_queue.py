@@ -267,8 +267,12 @@ class PromptQueue:
     # Checkpoints ----------------------------------------------------------------------------------
 
     def position(self) -> QueuePosition:
-        """What is unfinished now, delivered entries counting as finished. For the checkpoint."""
+        """What is unfinished now, delivered entries counting as finished. For the checkpoint.
+
+        Entries of prompts that are dead letters are not: they will not be handed out.
+        """
         delivered = set(self.delivered())
+        withdrawn = self._client.smembers(self._withdrawn)
         with self._present():
             last_read = _id_key(self._client.xinfo_groups(self._stream)[0]["last-delivered-id"])
         epoch = self._epoch()
@@ -277,6 +281,8 @@ class PromptQueue:
         frontier = None
         for entry_id, fields in self._entries():
             ticket = _ticket(fields)
+            if ticket.prompt_id in withdrawn:
+                continue
             unread = _id_key(entry_id) > last_read
             if unread and fields["ordered"] == "1" and ticket.epoch == epoch:
                 frontier = rank(ticket, self._seed)
@@ -288,7 +294,8 @@ class PromptQueue:
             for _, fields in self._entries(backwards=True):
                 if fields["ordered"] == "1":
                     break
-                tail.insert(0, _ticket(fields))
+                if fields["prompt"] not in withdrawn:
+                    tail.insert(0, _ticket(fields))
         return QueuePosition(
             epoch=epoch,
             seed=self._seed,
@@ -296,7 +303,7 @@ class PromptQueue:
             head=head,
             frontier=frontier,
             tail=tail,
-            withdrawn=sorted(self._client.smembers(self._withdrawn)),
+            withdrawn=sorted(withdrawn),
             duplicates=int(self._client.hget(self._meta, "duplicates") or 0),
         )
 

@@ -56,23 +56,27 @@ local function bury(id, f, failures, deliveries, reason)
 end
 """
 
-# consumer, count -> {epoch, {{id, prompt id, text}, ...}}: returned entries first, then unread ones
+# consumer, count -> {epoch, {{id, prompt id, text}, ...}}: returned entries first, then unread ones;
+# those of prompts that have become dead letters since they were queued are dropped on the way
 TAKE = (
     _PRELUDE
     + """
 local consumer, count = ARGV[1], tonumber(ARGV[2])
 redis.call('ZADD', alive, now_ms(), consumer)
 local out = {}
+local function take(id, f)
+  if redis.call('SISMEMBER', withdrawn, f.prompt) == 1 then drop(id) return end
+  out[#out + 1] = handout(id, f)
+end
 for _, p in ipairs(held_by('@returned', count)) do
   move(p[1], consumer)
-  out[#out + 1] = handout(p[1], entry(p[1]))
+  take(p[1], entry(p[1]))
 end
-if #out < count then
+while #out < count do
   local got = redis.call('XREADGROUP', 'GROUP', GROUP, consumer, 'COUNT', count - #out,
                          'STREAMS', stream, '>')
-  for _, e in ipairs(got and got[1][2] or {}) do
-    out[#out + 1] = handout(e[1], fields(e[2]))
-  end
+  if not got then break end
+  for _, e in ipairs(got[1][2]) do take(e[1], fields(e[2])) end
 end
 return {redis.call('HGET', meta, 'epoch') or '-1', out}
 """

@@ -253,6 +253,27 @@ def test_a_prompt_that_kills_its_readers_becomes_a_dead_letter(empty_redis):
     assert queue.status().waiting == 0
 
 
+def test_a_dead_letter_s_other_entries_are_not_handed_out(empty_redis):
+    queue = make_queue(empty_redis, 4, max_failures=1)
+    queue.fill(0)
+    queue.fill(1)
+    first, *_ = queue.read("a", 4)
+    queue.fail(first.entry_id, "no reward")
+    queue.release("a")
+    position = queue.position()
+    left = [t.prompt_id for t in (*position.head, *position.tail)]
+    assert first.prompt_id not in left
+    taken = queue.read("b", 7)
+    assert sorted(ids(taken)) == sorted(
+        2 * [p for p in ("p0", "p1", "p2", "p3") if p != first.prompt_id]
+    )
+    queue.release("b")
+    before = queue.position()
+    queue.restart(before)
+    assert queue.position() == before  # what a run that goes on has, one that was killed has too
+    assert len(queue.dead_letters()) == 1
+
+
 # Outcomes -----------------------------------------------------------------------------------------
 
 
