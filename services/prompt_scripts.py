@@ -56,8 +56,8 @@ local function bury(id, f, failures, deliveries, reason)
 end
 """
 
-# consumer, count -> {epoch, {{id, prompt id, text}, ...}}: returned entries first, then unread ones;
-# those of prompts that have become dead letters since they were queued are dropped on the way
+# consumer, count -> {epoch, {{id, prompt id, text}, ...}}: returned entries first, then unread
+# ones; those of prompts that have become dead letters since they were queued are dropped
 TAKE = (
     _PRELUDE
     + """

@@ -59,7 +59,7 @@ class QuietQueue:
 
 
 def phase_of(algorithm: FakeAlgorithm, out: io.StringIO) -> PPOPhase:
-    config = load_config("quickstart", ["ppo.no_progress_timeout_s=0.3"])
+    config = load_config("quickstart", ["ppo.no_progress_timeout_s=0.3", "ppo.iterations=6"])
     unused: Any = None
     return PPOPhase(
         config,

@@ -34,7 +34,7 @@ def test_a_folder_whose_creation_was_cut_off_is_completed(home: Path) -> None:
 def test_another_config_under_the_same_name_is_refused_by_its_first_difference() -> None:
     RunFolder.named("mine", load_config("quickstart"))
     other = load_config("quickstart", ["ppo.lr=0.5", "seed=3"])
-    with pytest.raises(ConfigError, match=r"run 'mine' .* \(ppo\.lr 1e-05, not 0\.5\)"):
+    with pytest.raises(ConfigError, match=r"run 'mine' .* \(ppo\.lr 5e-06, not 0\.5\)"):
         RunFolder.named("mine", other)
 
 
