@@ -238,6 +238,11 @@ class TrainConfig(Section):
                 f"warm_start.answers: {self.warm_start.answers} for {self.warm_start.rounds} "
                 "rounds; expected at least 8 each"
             )
+        if self.warm_start and self.warm_start.distil_epochs and self.warm_start.rounds == 1:
+            raise ValueError(
+                f"warm_start.distil_epochs: {self.warm_start.distil_epochs} with one round, which "
+                "looks at no other candidates; expected 0, or warm_start.rounds of at least 2"
+            )
         rows = self.rollouts.num_runners * self.rollouts.num_slots * self.rollouts.fragment_steps
         if self.ppo.minibatch_size > rows:
             raise ValueError(

@@ -31,6 +31,7 @@ def test_overrides_reach_nested_settings() -> None:
         ("ppo.minibatch_size=100000", "ppo.minibatch_size: 100000 is more than"),
         ("agent.head=paper", "warm_start: needs an agent.head"),
         ("warm_start.openings=[' ']", "warm_start.openings.0: string should match pattern"),
+        ("warm_start.rounds=1", "warm_start.distil_epochs: 2 with one round"),
         ("warm_start.rounds=400", "warm_start.answers: 1728 for 400 rounds; expected at least 8"),
         ("warm_start.opened_share=2", "warm_start.opened_share: input should be less than"),
         ("name=../up", "name: string should match pattern"),
