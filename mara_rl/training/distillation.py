@@ -7,7 +7,8 @@ candidate must be held against the best of those after it. So the network is fit
 itself, on sets of candidates all of which were looked at.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +18,7 @@ from torch.nn.functional import logsigmoid
 from mara_rl.agent import Agent
 from mara_rl.decoding.answer import CandidateStates
 from mara_rl.errors import DataError
+from mara_rl.training.network_fit import fit_network
 from mara_rl.training.token_credit import BaseAnswer
 
 _BATCH_SETS = 256
@@ -57,22 +59,21 @@ def distil(
             return sets.divergence(agent, target, rows).mean().item()
 
     before = divergence()
-    optimizer = torch.optim.AdamW(agent.network.parameters(), lr=_LR, weight_decay=0.01)
-    steps = epochs * -(-len(fitted) // _BATCH_SETS)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, _LR, total_steps=steps + 1, pct_start=0.1
-    )
-    for _ in range(epochs):
+
+    def losses() -> Iterator[Tensor]:
         for chosen in torch.randperm(len(fitted), generator=generator).split(_BATCH_SETS):
-            loss = sets.divergence(agent, target, fitted[chosen]).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        if not torch.isfinite(loss):
-            raise DataError("warm_start: the distillation's error is not finite")
-        if progress is not None:
-            progress(1)
+            yield sets.divergence(agent, target, fitted[chosen]).mean()
+
+    fit_network(
+        agent.network,
+        losses,
+        name="distillation",
+        epochs=epochs,
+        batches=math.ceil(len(fitted) / _BATCH_SETS),
+        lr=_LR,
+        weight_decay=0.01,
+        progress=progress,
+    )
     return before, divergence()
 
 

@@ -7,7 +7,7 @@ worth. What is still to be earned after a token then depends on later tokens alo
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mara_rl.agent import AcceptNetwork
 from mara_rl.decoding.answer import CandidateStates
-from mara_rl.errors import DataError
 from mara_rl.training.config import WarmStartConfig
+from mara_rl.training.network_fit import fit_network
 
 _PROMPTS_PER_STEP = 16
 
@@ -81,16 +81,10 @@ def fit_credit(
     generator = torch.Generator().manual_seed(seed)
     terms = torch.stack([a.terms.float() for a in answers])
     network = seeded_network(answers[0].states.shape[-1], terms.shape[1], seed)
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=config.credit_lr, weight_decay=config.weight_decay
-    )
     prompts = _prompt_numbers(answers)
-    steps = config.credit_epochs * math.ceil((int(prompts.max()) + 1) / _PROMPTS_PER_STEP)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.credit_lr, total_steps=steps + 1, pct_start=0.1
-    )
     members = [(prompts == number).nonzero()[:, 0] for number in range(int(prompts.max()) + 1)]
-    for _ in range(config.credit_epochs):
+
+    def losses() -> Iterator[Tensor]:
         for chosen in torch.randperm(len(members), generator=generator).split(_PROMPTS_PER_STEP):
             rows = torch.cat([members[number] for number in chosen.tolist()])
             states = [answers[row].states[1:] for row in rows.tolist()]
@@ -100,15 +94,18 @@ def fit_credit(
             sums = credit.new_zeros(len(rows), credit.shape[1]).index_add(0, owner, credit)
             error = terms[rows] - sums / counts[:, None]
             same = prompts[rows][:, None] == prompts[rows]
-            loss = (error - (same / same.sum(1, keepdim=True)) @ error).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        if not torch.isfinite(loss):
-            raise DataError("warm_start: the credit regression's error is not finite")
-        if progress is not None:
-            progress(1)
+            yield (error - (same / same.sum(1, keepdim=True)) @ error).square().mean()
+
+    fit_network(
+        network,
+        losses,
+        name="credit regression",
+        epochs=config.credit_epochs,
+        batches=math.ceil(len(members) / _PROMPTS_PER_STEP),
+        lr=config.credit_lr,
+        weight_decay=config.weight_decay,
+        progress=progress,
+    )
     return network
 
 

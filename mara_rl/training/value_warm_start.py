@@ -11,7 +11,7 @@ there, and so does the noise of fitting it.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from mara_rl.agent import AcceptNetwork, Agent, Head
 from mara_rl.errors import DataError
 from mara_rl.training.config import WarmStartConfig
+from mara_rl.training.network_fit import fit_network
 from mara_rl.training.token_credit import (
     BaseAnswer,
     above_others,
@@ -102,24 +103,21 @@ def fit_value(
     weights = (weights / weights.mean())[:, None]
     network = seeded_network(states.shape[-1], targets.shape[-1], seed)
     network.output_linear.bias.data.copy_(targets.mean(0))
-    optimizer = torch.optim.AdamW(
-        network.parameters(), lr=config.lr, weight_decay=config.weight_decay
-    )
-    steps = config.epochs * math.ceil(len(targets) / config.batch_size)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, config.lr, total_steps=steps + 1, pct_start=0.1
-    )
-    for _ in range(config.epochs):
+
+    def losses() -> Iterator[Tensor]:
         for rows in torch.randperm(len(targets), generator=generator).split(config.batch_size):
-            loss = (weights[rows] * (network(states[rows]) - targets[rows]).square()).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-        if not torch.isfinite(loss):
-            raise DataError("warm_start: the value regression's error is not finite")
-        if progress is not None:
-            progress(1)
+            yield (weights[rows] * (network(states[rows]) - targets[rows]).square()).mean()
+
+    fit_network(
+        network,
+        losses,
+        name="value regression",
+        epochs=config.epochs,
+        batches=math.ceil(len(targets) / config.batch_size),
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        progress=progress,
+    )
     count = terms.shape[1]
     candidate, prefix, value = (
         _summed(network, slice(first, first + count)) for first in (0, count, 2 * count)
