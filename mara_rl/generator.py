@@ -77,6 +77,7 @@ class MARAGenerator:
         """The LLM's own answer: greedy, or sampled from its truncated distribution.
 
         ``more`` are further fields of `DecodeSettings`, such as ``seed`` and ``temperature``.
+        Raises ConfigError for those that would change nothing.
         """
         return self._answer(prompt, None, do_sample, max_new_tokens, more)
 

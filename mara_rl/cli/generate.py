@@ -39,7 +39,7 @@ def generate(
     exact: Annotated[
         bool, typer.Option("--exact", help="Re-weight all candidates: π(t_k) ∝ p_k e^{term_k}.")
     ] = False,
-    temperature: Annotated[float | None, typer.Option(help="For rule sample; 1.")] = None,
+    temperature: Annotated[float, typer.Option(help="For rule sample.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="For rule sample; 0.")] = None,
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="A text that ends the answer. Repeatable.")
@@ -79,7 +79,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         rule=rule,
         exact=exact,
-        temperature=1.0 if temperature is None else temperature,
+        temperature=temperature,
         seed=seed or 0,
         stop=tuple(stop or ()),
         top_k=top_k,
@@ -101,10 +101,8 @@ def generate(
         system=system,
         allow_other_candidates=allow_other_candidates,
     )
-    if request.rule != "sample" and (temperature is not None or seed is not None):
-        raise ConfigError(
-            f"--temperature, --seed: rule {request.rule!r} draws nothing; expected --rule sample"
-        )
+    if request.rule != "sample" and seed is not None:
+        raise ConfigError(f"--seed: rule {request.rule!r} draws nothing; expected --rule sample")
     decoder = Decoder(policy, num_slots=1)
     answer = decoder.submit(request)
     while not decoder.idle:

@@ -69,6 +69,13 @@ class DecodeRequest:
     settings: DecodeSettings
     opening_ids: Sequence[int] = field(default_factory=tuple)
 
+    def __post_init__(self) -> None:
+        if self.settings.temperature != 1.0 and self.rule != "sample":
+            raise ConfigError(
+                f"temperature: {self.settings.temperature:g} changes nothing for rule "
+                f"{self.rule!r}, which does not draw; expected rule 'sample'"
+            )
+
     @classmethod
     def of(
         cls,

@@ -76,7 +76,7 @@ def test_a_trace_shows_each_token(generate, agent):
         (
             ("--agent", "{agent}", "--max-new-tokens", 9, "--temperature", 0.7),
             1,
-            "'argmax_induced' draws nothing",
+            "temperature: 0.7 changes nothing for rule 'argmax_induced'",
         ),
         (
             ("--base", "--llm", "{llm}", "--max-new-tokens", 9, "--seed", 3),

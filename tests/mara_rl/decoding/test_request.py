@@ -32,6 +32,7 @@ def request(llm: PolicyLLM, *agents: Agent, prompt: str = "Hi", **more: object) 
         ({"stop": ("",)}, "stop: an empty text"),
         ({"rule": "threshold"}, "rule 'threshold' needs an agent"),
         ({"exact": True}, "exact needs an agent"),
+        ({"temperature": 0.7}, "temperature: 0.7 changes nothing for rule 'argmax_induced'"),
         ({"opening": "I"}, "opening: only the base LLM with rule 'sample'"),
     ],
 )

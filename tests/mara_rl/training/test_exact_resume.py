@@ -18,14 +18,14 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exact")
-    prompts = [f"Tell me about {i} foxes." for i in range(30)]
+    prompts = [f"Tell me about {i} foxes." for i in range(20)]
     prompts[3] += POISON  # its reward is NaN
     prompts[5] *= 100  # longer than the context
     return write_config(
         folder,
         TinyModels(folder),
         prompts,
-        prompts={"max_failures": 1},
+        prompts={"max_failures": 2},
         warm_start={"answers": 32, "rounds": 2, "epochs": 3, "batch_size": 64, "distil_epochs": 1},
         ppo={"iterations": 8},
         checkpoint={"every_iterations": 3},
@@ -115,5 +115,5 @@ def test_what_could_not_be_trained_on_is_counted(whole: Path) -> None:
     found = {(key, step): value for key, step, value, _ in all_metrics(whole)}
     assert found["prompts/too_long/train", 0] == found["prompts/too_long/heldout", 0] == 1
     assert found["queue/dead", 8] == 2  # the one too long and the one without a reward
-    assert sum(value for (key, _), value in found.items() if key == "rollout/failed_answers") == 1
-    assert json.loads((whole / "tiny-1/evaluation/summary.json").read_text())["all"]["n"] == 29
+    assert sum(value for (key, _), value in found.items() if key == "rollout/failed_answers") >= 2
+    assert json.loads((whole / "tiny-1/evaluation/summary.json").read_text())["all"]["n"] == 19
