@@ -83,7 +83,8 @@ async def plan(
             400, "mara.strength: needs an agent as model, or mara.blend", param="mara.strength"
         )
     _check_scores(request, backend.scorer)
-    prompts, field = _prompts(request, backend.llm)
+    # A long prompt takes a while to become tokens; other requests go on meanwhile.
+    prompts, field = await asyncio.to_thread(_prompts, request, backend.llm)
     per_prompt = request.options.best_of or request.num_choices
     most = min(limits.max_answers, backend.loop.num_slots + backend.loop.max_waiting)
     if len(prompts) * per_prompt > most:

@@ -61,9 +61,9 @@ Weights = dict[Text, Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False
 
 
 class Strict(BaseModel):
-    """A part of a request: no unknown fields."""
+    """A part of a request: no unknown fields, and no value taken for one of another type."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class MaraOptions(Strict):

@@ -2,8 +2,10 @@
 
 import json
 import math
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from unittest.mock import Mock
 
 import numpy as np
 import openai
@@ -216,6 +218,24 @@ def test_prompts_that_are_too_many_or_of_no_token_are_named(server, client, llm,
     assert caught.value.param == "prompt"
 
 
+def test_a_long_prompt_holds_up_nobody_while_it_becomes_tokens(server, client, monkeypatch):
+    backend = server[1].backend()
+    tokenizer, begun, health_seen = backend.llm.tokenizer, threading.Event(), threading.Event()
+
+    def slow(text, **more):
+        begun.set()
+        assert health_seen.wait(10)
+        return tokenizer(text, **more)
+
+    monkeypatch.setattr(backend.llm, "tokenizer", Mock(wraps=tokenizer, side_effect=slow))
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(client.completions.create, model=LLM, prompt="a", max_tokens=1)
+        assert begun.wait(10)
+        assert requests.get(f"{server[0]}/health", timeout=5).status_code == 200
+        health_seen.set()
+        assert answer.result().usage.completion_tokens == 1
+
+
 def test_a_trace_says_how_each_token_was_chosen(client, llm, agents):
     wanted = expected(llm, agents)
     choice = chat(client, mara={"trace": True}).choices[0]
@@ -287,6 +307,11 @@ BAD = {
     "tiny temperature": ({"temperature": 1e-9}, "temperature"),
     "top_p": ({"top_p": 0.5}, "top_p"),
     "n": ({"n": 0}, "n"),
+    "number as text": ({"temperature": "1"}, "temperature"),
+    "truth as a number": ({"extra_body": {"n": True}}, "n"),
+    "seed as text": ({"extra_body": {"seed": "3"}}, "seed"),
+    "truth as text": ({"extra_body": {"logprobs": "true"}}, "logprobs"),
+    "strength as text": ({"extra_body": {"mara": {"strength": "2"}}}, "mara.strength"),
     "many": ({"n": 99}, "n"),
     "stop": ({"stop": ["a"] * 5}, "stop"),
     "empty stop": ({"stop": ""}, "stop.0"),
