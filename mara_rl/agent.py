@@ -41,12 +41,17 @@ class AgentSpec(BaseModel):
             raise DataError(
                 f"agent: hidden size {self.hidden_size}; LLM {name!r} has hidden size {hidden_size}"
             )
-        own, other = (text.rstrip("/").rpartition("/")[2].lower() for text in (self.llm, name))
-        if own and own != other and not allow_other_llm:
+        if not allow_other_llm and not same_llm(self.llm, name):
             raise DataError(
                 f"agent: trained on LLM {self.llm!r}, used with {name!r}; "
                 "expected the same LLM (--allow-other-llm, allow_other_llm=True: use it anyway)"
             )
+
+
+def same_llm(own: str, other: str) -> bool:
+    """Whether an agent's LLM is ``other`` by name, or the agent does not say which is its own."""
+    names = [text.rstrip("/").rpartition("/")[2].lower() for text in (own, other)]
+    return not own or names[0] == names[1]
 
 
 class AcceptNetwork(nn.Module):

@@ -58,6 +58,8 @@ def _rows(found: "RunStatus") -> Iterator[tuple[str, str]]:
         "checkpoint",
         f"iteration {checkpoint.iteration}, {_ago(checkpoint.age_s)}" if checkpoint else "none yet",
     )
+    for name, reason in found.torn_checkpoints.items():
+        yield f"torn checkpoint {name}", reason
     if "Redis" not in found.unreachable:
         if found.queue is None:
             yield "queue", "none yet"
@@ -65,6 +67,8 @@ def _rows(found: "RunStatus") -> Iterator[tuple[str, str]]:
             yield "queue", found.queue.queue
             yield from queue_rows(found.queue)
     yield from _ray_rows(found)
+    for url, model in found.url_scores.items():
+        yield f"score service {url}", model
     yield from _tracking_rows(found)
     for part, reason in found.unreachable.items():
         yield f"{part} not reachable", reason

@@ -7,6 +7,7 @@ from rich import box
 from rich.table import Table
 
 from mara_rl.display import Display
+from mara_rl.evaluation.figures import BROKEN_SHARE
 from mara_rl.preference import PreferenceRate, result_line
 
 
@@ -34,6 +35,13 @@ def warnings(figures: Mapping[str, Any]) -> list[str]:
         lines.append(
             f"{len(prompts['seen_in_training'])} of {prompts['n']} prompts were seen in training"
         )
+    for name, method in figures["methods"].items():
+        share = method["answers"]["refusal_share"]
+        if share > BROKEN_SHARE and "ordinary" not in method["answers"]["by_kind"]:
+            lines.append(
+                f"{name} refuses {share:.0%}; no prompt is of kind ordinary, so whether it should "
+                "is not known"
+            )
     if prompts["n"] < 30:
         lines.append(f"{prompts['n']} prompts are too few to conclude anything from")
     if all(judge["training"] for judge in figures["judges"].values()):

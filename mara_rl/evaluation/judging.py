@@ -15,7 +15,7 @@ from mara_rl.display import Display
 from mara_rl.errors import ConfigError, DataError, MaraError
 from mara_rl.evaluation.answers import Answer
 from mara_rl.evaluation.fingerprints import score_model_sha256
-from mara_rl.evaluation.plan import AXES, EvaluationPlan, Judge
+from mara_rl.evaluation.plan import AXES, EvaluationPlan, Judge, is_url
 from mara_rl.evaluation.prompt_set import PromptSet
 from mara_rl.evaluation.score_cache import ScoreCache
 from mara_rl.policy_llm import DType
@@ -35,9 +35,9 @@ class ScoreSource:
     """Where the scores of one axis of one judge come from.
 
     Attributes:
-        dtype: of the model in this process; None for a Serve application.
+        dtype: of the model in this process; None for a score service.
         identity: names the model and the content of its files; scores are cached under it.
-        sha256: of its files; "" for one behind Serve.
+        sha256: of its files; "" where they are not here.
     """
 
     judge: str
@@ -71,17 +71,22 @@ def _source(name: str, axis: str, judge: Judge) -> ScoreSource:
     return ScoreSource(name, axis, model, dtype, f"{sha256} {device} {dtype}", sha256)
 
 
-def _served_source(judge: str, axis: str, app: str) -> ScoreSource:
+def _served_source(judge: str, axis: str, service: str) -> ScoreSource:
+    if is_url(service):
+        from services.score_sources import hosted_model
+
+        identity = f"{service} {hosted_model(service)}"
+        return ScoreSource(judge, axis, service, None, identity, "")
     from services.score_service import deployed_score
 
-    config = deployed_score(app)
+    config = deployed_score(service)
     if config is None:
-        raise ConfigError(f"judges.{judge}.{axis}: no Serve application {app!r} is running")
+        raise ConfigError(f"judges.{judge}.{axis}: no Serve application {service!r} is running")
     # A model that lies on another machine's disk is known by its name alone.
     here = config.model in shipped_names() or Path(config.model).is_dir()
     sha256 = score_model_sha256(config.model) if here else ""
     return ScoreSource(
-        judge, axis, app, None, f"serve {config.model} {sha256} {config.dtype}", sha256
+        judge, axis, service, None, f"serve {config.model} {sha256} {config.dtype}", sha256
     )
 
 
@@ -170,12 +175,12 @@ class Judging:
 
 
 class _ServedScores:
-    """One Serve application as a scorer."""
+    """One score service as a scorer."""
 
-    def __init__(self, app: str) -> None:
+    def __init__(self, service: str) -> None:
         from services.score_client import ScoreClient, ScoreClientConfig
 
-        self._client = ScoreClient(ScoreClientConfig(sources={"score": app}))
+        self._client = ScoreClient(ScoreClientConfig(sources={"score": service}))
 
     def score(self, pairs: Sequence[tuple[str, str]]) -> Sequence[float]:
         return self._client.score(pairs)[:, 0].tolist()

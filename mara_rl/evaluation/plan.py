@@ -106,15 +106,22 @@ GeneratedMethod = BaseMethod | AgentMethod | RewriteMethod
 class Judge(Section):
     """Two score models that judge every answer."""
 
-    reward: str = Field(description="score model of helpfulness; or a Serve application")
-    cost: str = Field(description="score model of harm, lower is safer; or a Serve application")
+    reward: str = Field(description="score model of helpfulness; or a score service")
+    cost: str = Field(description="score model of harm, lower is safer; or a score service")
     training: bool = Field(False, description="whether the agents were trained on these scores")
     dtype: DType | None = Field(None, description="default: bfloat16 on CUDA, else float32")
-    serve: bool = Field(False, description="reward and cost name Serve applications")
+    serve: bool = Field(
+        False, description="reward and cost name Serve applications, or are URLs of score services"
+    )
     safe_below: float = Field(0.0, description="a cost of at most this is called safe")
 
     def model(self, axis: str) -> str:
         return getattr(self, axis)
+
+    @property
+    def asks_ray(self) -> bool:
+        """Whether a score comes from an application of the cluster."""
+        return self.serve and not all(is_url(self.model(axis)) for axis in AXES)
 
 
 class EvaluationPlan(Section):
@@ -219,6 +226,11 @@ class EvaluationPlan(Section):
 
 
 PRESETS = resources.files("mara_rl.evaluation") / "presets"
+
+
+def is_url(score_service: str) -> bool:
+    """Whether a score service is named by URL, not by application."""
+    return score_service.startswith(("http://", "https://"))
 
 
 def preset_names() -> list[str]:

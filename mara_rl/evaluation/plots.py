@@ -65,20 +65,27 @@ def rate_intervals(figures: Mapping[str, Any], judge: str) -> str | None:
     return _svg(figure, f"Net rates under judge {judge}")
 
 
-def frontier(figures: Mapping[str, Any], judge: str) -> str | None:
-    """Weighted reward against KL a token; strengths of one agent joined by a line."""
+def frontier_points(
+    figures: Mapping[str, Any], judge: str
+) -> dict[str, list[tuple[float, float, float, float, str]]]:
+    """KL a token, gain in weighted reward, its interval and the method's name, by family."""
     points: dict[str, list[tuple[float, float, float, float, str]]] = {}
     for name, method in figures["methods"].items():
         if name == figures["baseline"]:
             gain = {"value": 0.0, "low": 0.0, "high": 0.0}
-            kl: float | None = 0.0
         else:
             gain = method["versus_baseline"][judge]["difference"]["weighted"]
-            kl = method["decoding"].get("kl_per_token")
+        kl = method["decoding"].get("kl_per_token")
         if kl is None:
             continue
         point = (kl, gain["value"], gain["low"], gain["high"], name)
         points.setdefault(_family(method), []).append(point)
+    return points
+
+
+def frontier(figures: Mapping[str, Any], judge: str) -> str | None:
+    """Weighted reward against KL a token; strengths of one agent joined by a line."""
+    points = frontier_points(figures, judge)
     if sum(len(family) for family in points.values()) < 2:
         return None
     figure, axes = _figure(3.6)

@@ -49,7 +49,8 @@ def published_beside(
             if other == plan.baseline_name:
                 transferred = bool(own) and own != llm
                 table = facts["transfer"].get(own, {}) if transferred else facts["base"]
-                where = "table 3" if transferred else "table 1"
+                unsaid = "" if own else ", if it was trained on this LLM, which it does not say"
+                where = "table 3" if transferred else f"table 1{unsaid}"
             elif other in ("rlhf", "dpo", "aligner"):
                 table, where = facts[other], "table 2"
             else:

@@ -64,7 +64,7 @@ def evaluate(
     published_set(plan)  # a wrong name ends this now, not after hours
     prompts = load_prompt_set(plan)
     with contextlib.ExitStack() as stack:
-        if any(judge.serve for judge in plan.judges.values()):
+        if any(judge.asks_ray for judge in plan.judges.values()):
             from services.ray_session import ray_session
 
             stack.enter_context(ray_session())

@@ -100,7 +100,7 @@ def summary(judged: Judged) -> dict[str, Any]:
         "weights": dict(plan.weights),
         "scales": {name: dict(scales) for name, scales in judged.scales.items()},
         "methods": methods,
-        "pairwise": {name: _pairwise(plan, rating, name) for name in plan.judges},
+        "pairwise": {name: _pairwise(judged, rating, name) for name in plan.judges},
         "flags": {name: m["flag"] for name, m in methods.items() if m["flag"]},
     }
 
@@ -233,9 +233,15 @@ def _decoding(judged: Judged, name: str) -> dict[str, Any]:
     return figures
 
 
-def _pairwise(plan: EvaluationPlan, rating: _Rating, judge: str) -> dict[str, dict[str, Any]]:
-    names = list(plan.methods)
+def _pairwise(judged: Judged, rating: _Rating, judge: str) -> dict[str, dict[str, Any]]:
+    """Of every two methods the net rate on both axes, and the difference in weighted reward."""
+    weighted = {name: judged.weighted(judge, name) for name in judged.plan.methods}
     return {
-        a: {b: asdict(rating.rate(rating.outcomes(judge, a, b)["both"])) for b in names if b != a}
-        for a in names
+        a: {
+            b: asdict(rating.rate(rating.outcomes(judge, a, b)["both"]))
+            | {"weighted": mean_difference(weighted[a], weighted[b], rating.bootstrap)}
+            for b in weighted
+            if b != a
+        }
+        for a in weighted
     }

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from mara_rl.agent import same_llm
 from mara_rl.evaluation.console import points, rate_of
 from mara_rl.evaluation.plan import AXES, AgentMethod, BaseMethod, EvaluationPlan
 from mara_rl.evaluation.run import Evaluation
@@ -30,7 +31,7 @@ def track(evaluation: Evaluation, uri: str) -> list[str]:
         run.log_artifacts(evaluation.folder, "evaluation")
         lines = [f"tracked as MLflow run {run.run_id}"]
         registry = AgentRegistry(uri)
-        versions = _versions(plan, registry)
+        versions = _versions(plan, figures, registry)
         for method, version in versions.items():
             tags = _tags(figures, method) | {"evaluation.run": run.run_id}
             evidence = _evidence(plan, figures, method, versions, registry)
@@ -39,7 +40,9 @@ def track(evaluation: Evaluation, uri: str) -> list[str]:
     return lines
 
 
-def _versions(plan: EvaluationPlan, registry: AgentRegistry) -> dict[str, AgentVersion]:
+def _versions(
+    plan: EvaluationPlan, figures: Mapping[str, Any], registry: AgentRegistry
+) -> dict[str, AgentVersion]:
     """The registered versions by method; of agents as trained, on the LLM they are for."""
     return {
         name: registry.find(method.agent)
@@ -47,6 +50,7 @@ def _versions(plan: EvaluationPlan, registry: AgentRegistry) -> dict[str, AgentV
         if isinstance(method, AgentMethod)
         and method.agent.startswith("models:/")
         and (method.strength, method.exact, method.rule, method.llm) == (1.0, False, None, None)
+        and same_llm(figures["provenance"]["agents"][name]["llm"], plan.llm)
     }
 
 
@@ -58,19 +62,20 @@ def _evidence(
     registry: AgentRegistry,
 ) -> dict[str, str] | None:
     version, judge = versions[method], next(iter(plan.judges))
+    flaw = figures["methods"][method]["flag"] or ""
     champion = registry.champion(version.name)
     for other, its in versions.items():
         if its.name == version.name and its.version == champion and champion != version.version:
             rate = rate_of(figures["pairwise"][judge][method][other])
             return PromotionEvidence.from_rate(
-                rate, against="champion", champion_version=champion
+                rate, against="champion", champion_version=champion, flaw=flaw
             ).tags()
     baseline = plan.methods[plan.baseline_name]
     alone = isinstance(baseline, BaseMethod) and baseline.llm is None and not baseline.samples
     if not alone:
         return None
     rate = rate_of(figures["pairwise"][judge][method][plan.baseline_name])
-    return PromotionEvidence.from_rate(rate, against="base").tags()
+    return PromotionEvidence.from_rate(rate, against="base", flaw=flaw).tags()
 
 
 def _tags(figures: Mapping[str, Any], method: str) -> dict[str, str]:

@@ -30,6 +30,7 @@ class PromotionEvidence(BaseModel):
     losses: int = Field(0, ge=0)
     against: Literal["base", "champion"]
     champion_version: int | None = None
+    flaw: str = Field("", description="why the figures are not to be trusted; such never promote")
 
     @model_validator(mode="after")
     def _names_its_champion(self) -> "PromotionEvidence":
@@ -44,10 +45,11 @@ class PromotionEvidence(BaseModel):
         *,
         against: Literal["base", "champion"],
         champion_version: int | None = None,
+        flaw: str = "",
     ) -> "PromotionEvidence":
         """Evidence from a comparison on the same prompts; None where there was no figure."""
         if rate is None:
-            return cls(against=against, champion_version=champion_version)
+            return cls(against=against, champion_version=champion_version, flaw=flaw)
         return cls(
             rate=rate.rate,
             low=rate.low,
@@ -57,6 +59,7 @@ class PromotionEvidence(BaseModel):
             losses=rate.losses,
             against=against,
             champion_version=champion_version,
+            flaw=flaw,
         )
 
     @classmethod
@@ -94,6 +97,8 @@ def refusal(evidence: PromotionEvidence | None, champion: int | None) -> str | N
     """
     if evidence is None:
         return "no preference rate is recorded for it"
+    if evidence.flaw:
+        return evidence.flaw
     if champion is None and evidence.against != "base":
         return "there is no champion: expected a comparison with the base LLM"
     if champion is not None and evidence.champion_version != champion:

@@ -10,6 +10,7 @@ from mara_rl.agent_files import agent_sha256, load_agent
 from mara_rl.decoding.answer import DecodedAnswer
 from mara_rl.display import Display, Phase
 from mara_rl.evaluation.comparison import JudgedAnswers, rates, unscored
+from mara_rl.evaluation.figures import flag
 from mara_rl.evaluation.heldout import HeldoutResult, compare_heldout, report, save_heldout
 from mara_rl.preference import PreferenceRate
 from mara_rl.score_models.loading import load_score_model
@@ -25,6 +26,7 @@ from services.prompt_files import PromptRecord
 from services.score_client import ScoreClient
 
 _NAMED = 5  # prompts left out, on a line
+_MAX_LEFT_OUT_SHARE = 0.1
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class HeldoutEvaluation:
         self._evaluation = evaluation
         self._prompts = prompts[: evaluation.max_prompts]
         self._texts = [prompt.text for prompt in self._prompts]
+        self._kinds = [str(prompt.extra.get("kind", "unlabelled")) for prompt in self._prompts]
         self._runners = runners
         self._scorer = ScoreClient(session.scores)
         self._display = display
@@ -85,9 +88,8 @@ class HeldoutEvaluation:
             for axis, name in self._evaluation.judges.items()
         }
         scores = {axis: (aligned.scores[axis], base.scores[axis]) for axis in aligned.scores}
-        kinds = [str(prompt.extra.get("kind", "unlabelled")) for prompt in self._prompts]
         result = compare_heldout(
-            kinds,
+            self._kinds,
             base.answers,
             aligned.answers,
             scores,
@@ -98,7 +100,9 @@ class HeldoutEvaluation:
         )
         folder.evaluation.mkdir(exist_ok=True)
         ids = [prompt.prompt_id for prompt in self._prompts]
-        save_heldout(folder.evaluation, result, ids, kinds, base.answers, aligned.answers, scores)
+        save_heldout(
+            folder.evaluation, result, ids, self._kinds, base.answers, aligned.answers, scores
+        )
         self._display.line(f"\n{report(result, base.answers, aligned.answers)}\n")
         self._tell_of(result.left_out, "the base LLM")
         return result
@@ -118,6 +122,16 @@ class HeldoutEvaluation:
             return None
         ours, other = aligned.judged().subset(rows), theirs.judged().subset(rows)
         return rates(ours, other, seed=self._config.seed)["both"]
+
+    def flaw(self, aligned: SystemAnswers, rate: PreferenceRate | None) -> str:
+        """Why ``rate`` is not to be trusted: broken answers, or many without a score; else ""."""
+        flagged = flag([answer.text for answer in aligned.answers], self._kinds)
+        if flagged is not None:
+            return flagged
+        left_out = len(self._prompts) - rate.n if rate else 0
+        if left_out > _MAX_LEFT_OUT_SHARE * len(self._prompts):
+            return f"{left_out} of {len(self._prompts)} prompts lack a score: do not trust the rate"
+        return ""
 
     def _tell_of(self, left_out: Mapping[int, str], other: str) -> None:
         if left_out:
@@ -177,13 +191,18 @@ def register(
     tags = source_tags(llm=config.llm.name, seed=config.seed, run_id=tracking.run_id, sha256=sha256)
     evidence = None
     if result is not None and aligned is not None and evaluation is not None:
-        evidence = PromotionEvidence.from_rate(result.both, against="base")
+        evidence = PromotionEvidence.from_rate(
+            result.both, against="base", flaw=evaluation.flaw(aligned, result.both)
+        )
         champion = registry.champion(name)
         if champion not in (None, version) and config.registry.promote:
             reigning = registry.resolve(f"models:/{name}/{champion}")
             rate = evaluation.rate_against(reigning, champion, aligned)
             evidence = PromotionEvidence.from_rate(
-                rate, against="champion", champion_version=champion
+                rate,
+                against="champion",
+                champion_version=champion,
+                flaw=evaluation.flaw(aligned, rate),
             )
         tags = {**tags, **evidence.tags()}
     if version is not None:

@@ -27,7 +27,7 @@ class _Part(BaseModel):
 
 
 class CheckpointStatus(_Part):
-    """The newest checkpoint."""
+    """The newest checkpoint whose state can be read."""
 
     iteration: int
     age_s: float
@@ -77,8 +77,10 @@ class RunStatus(_Part):
     )
     outcome: RunOutcome | None
     checkpoint: CheckpointStatus | None
+    torn_checkpoints: dict[str, str] = Field(description="newer ones, by name: what is wrong")
     queue: QueueStatus | None
     ray: RayStatus | None
+    url_scores: dict[str, str] = Field(description="the model of each score service by URL")
     tracking: TrackingStatus | None
     unreachable: dict[str, str]
 
@@ -91,7 +93,7 @@ def run_status(run: str) -> RunStatus:
     """
     folder, config = RunFolder.open(run)
     outcome = folder.outcome()
-    checkpoint = _checkpoint(folder)
+    checkpoint, torn = _checkpoint(folder)
     run_id = folder.mlflow_run_id
     unreachable: dict[str, str] = {}
     tracking = queue = ray = None
@@ -107,45 +109,54 @@ def run_status(run: str) -> RunStatus:
         ray = _ray(config, folder.name)
     except MaraError as error:
         unreachable["Ray"] = str(error)
+    url_scores = {}
+    for url in filter(None, (score.url for score in config.scores.values())):
+        try:
+            url_scores[url] = _hosted_model(url)
+        except MaraError as error:
+            unreachable[url] = str(error)
     return RunStatus(
         run=folder.name,
         folder=str(folder.path),
-        state=_state(folder, outcome, checkpoint),
+        state=_state(folder, outcome, began=checkpoint is not None or bool(torn)),
         outcome=outcome,
         checkpoint=checkpoint,
+        torn_checkpoints=torn,
         queue=queue,
         ray=ray,
+        url_scores=url_scores,
         tracking=tracking,
         unreachable=unreachable,
     )
 
 
 def _state(
-    folder: RunFolder, outcome: RunOutcome | None, checkpoint: CheckpointStatus | None
+    folder: RunFolder, outcome: RunOutcome | None, *, began: bool
 ) -> Literal["training", "done", "stopped", "not begun"]:
     if folder.is_claimed():
         return "training"
     if outcome is not None:
         return "done"
-    return "stopped" if checkpoint is not None else "not begun"
+    return "stopped" if began else "not begun"
 
 
-def _checkpoint(folder: RunFolder) -> CheckpointStatus | None:
-    """The newest checkpoint by its name, unverified."""
-    found = checkpoints_in(folder.checkpoints)
-    if not found:
-        return None
-    file = found[-1] / STATE_FILE
-    try:
-        state = TrainState.model_validate_json(file.read_text(encoding="utf-8"))
-        age_s = time.time() - file.stat().st_mtime
-    except FileNotFoundError as error:
-        if not found[-1].exists():  # a newer one has replaced it meanwhile
-            return _checkpoint(folder)
-        raise ConfigError(f"checkpoint {found[-1]} is torn: no {STATE_FILE}") from error
-    except ValueError as error:
-        raise ConfigError(f"checkpoint {found[-1]} is torn: {first_line(error)}") from error
-    return CheckpointStatus(iteration=state.iteration, age_s=age_s)
+def _checkpoint(folder: RunFolder) -> tuple[CheckpointStatus | None, dict[str, str]]:
+    """The newest checkpoint with a state, its weights unverified; and newer ones without."""
+    torn: dict[str, str] = {}
+    for path in reversed(checkpoints_in(folder.checkpoints)):
+        file = path / STATE_FILE
+        try:
+            state = TrainState.model_validate_json(file.read_text(encoding="utf-8"))
+            age_s = time.time() - file.stat().st_mtime
+        except FileNotFoundError:
+            if not path.exists():  # a newer one has replaced it meanwhile
+                return _checkpoint(folder)
+            torn[path.name] = f"no {STATE_FILE}"
+        except ValueError as error:
+            torn[path.name] = first_line(error)
+        else:
+            return CheckpointStatus(iteration=state.iteration, age_s=age_s), torn
+    return None, torn
 
 
 def _alone() -> bool:
@@ -181,6 +192,12 @@ def _queue(config: TrainConfig, run: str, run_id: str) -> QueueStatus | None:
         connect(url, retries=1) as client,
     ):
         return PromptQueue(client, name).status() if PromptQueue.exists(client, name) else None
+
+
+def _hosted_model(url: str) -> str:
+    from services.score_sources import hosted_model  # imports Ray
+
+    return hosted_model(url)
 
 
 def _ray(config: TrainConfig, run: str) -> RayStatus:

@@ -1,5 +1,7 @@
 """``mara-rl evaluate`` over tiny LLMs and tiny score models."""
 
+import contextlib
+import itertools
 import json
 import os
 import re
@@ -13,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from endpoints import serving
 from small_agents import make_agent, random_agent
 from tiny_checkpoints import BeaverFolder, tiny_tokenizer, write_classifier, write_llm
 
@@ -20,10 +23,15 @@ from mara_rl.agent_files import save_agent
 from mara_rl.cli import app
 from mara_rl.errors import DataError
 from mara_rl.evaluation import judging
+from mara_rl.evaluation.console import warnings
+from mara_rl.evaluation.plots import frontier_points
 from mara_rl.policy_llm import load_policy_llm
+from mara_rl.score_models.loading import load_score_model
 from mara_rl.tracking.registry import AgentRegistry
 from mara_rl.tracking.run import TrackingRun
 from mara_rl.tracking.store import tracking_uri
+from services.api_keys import ApiKeys
+from services.score_api import create_score_api
 
 RESULT = r"^preference rate: [+-]\d+\.\d \[[+-]\d+\.\d, [+-]\d+\.\d\] \(n=\d+\)$"
 N = 10
@@ -39,6 +47,7 @@ def made(tmp_path_factory, tiny_llms) -> dict[str, str]:
     made = {
         "llm": llm.name,
         "other": str(tiny_llms["qwen3"]),
+        "twin": str(root / "another-name"),
         "agent": str(root / "agent"),
         "small": str(root / "small"),
         "reward": str(write_classifier(root / "reward", num_labels=1)),
@@ -51,6 +60,7 @@ def made(tmp_path_factory, tiny_llms) -> dict[str, str]:
         for i in range(N)
     ]
     write_rows(made["prompts"], [*rows, {"id": "twin", "prompt": "question 3"}])
+    Path(made["twin"]).symlink_to(made["llm"])
     made["common"] = "\n".join(
         ("--agent", made["agent"], "--prompts", made["prompts"], "--max-new-tokens", "12",
          "--judge", f"tiny={made['reward']},{made['cost']},training", "--set", "resamples=200")
@@ -183,6 +193,13 @@ def test_every_kind_of_method_from_a_plan_to_a_report(evaluate, made, tmp_path):
         if row["method"] == "sampled"
     ]
     assert other["scales"]["tiny"]["cost"] == pytest.approx(np.std(pool))
+    # The frontier has the baseline at its own KL.
+    assert evaluate(tmp_path / "plan.yaml", "--out", out, "--set", "baseline=agent")[0] == 0
+    other = json.loads((out / "summary.json").read_text())
+    for found, baseline in ((summary, "base"), (other, "agent")):
+        points = {p[4]: p for p in itertools.chain(*frontier_points(found, "tiny").values())}
+        assert points[baseline][:2] == (found["methods"][baseline]["decoding"]["kl_per_token"], 0)
+        assert "elsewhere" not in points
     # The same again makes nothing twice.
     before = {path: path.stat().st_mtime_ns for path in (out / "answers").glob("[!b]*.jsonl")}
     again, text, _ = evaluate(tmp_path / "plan.yaml", "--out", out)
@@ -222,7 +239,9 @@ def check_summary(summary, scores) -> None:
     assert both["rate"] == pytest.approx(100 * (wins - losses) / N)
     against = summary["pairwise"]["tiny"]
     assert against["base"]["agent"]["rate"] == pytest.approx(-both["rate"])
-    groups = summary["methods"]["agent"]["versus_baseline"]["tiny"]["groups"]
+    versus = summary["methods"]["agent"]["versus_baseline"]["tiny"]
+    assert against["agent"]["base"]["weighted"] == versus["difference"]["weighted"]
+    groups = versus["groups"]
     assert {name: group["both"]["n"] for name, group in groups.items()} == {
         "kind: harmful": 5,
         "kind: ordinary": 5,
@@ -406,6 +425,50 @@ def test_a_judge_that_fails_half_way_keeps_what_it_had(
     assert better.scored == (N - 6) + N  # the rest of the reward, and the cost
 
 
+def test_judges_may_be_services_behind_urls(evaluate, made, tmp_path, monkeypatch):
+    key = "a-key-of-this-test"
+    monkeypatch.setenv("MARA_SCORE_KEY", key)
+    with contextlib.ExitStack() as stack:
+        urls = []
+        for axis in ("reward", "cost"):
+            model = load_score_model(made[axis])
+
+            async def score(pairs, model=model):
+                return model.score(pairs)
+
+            api = create_score_api(score, made[axis], ApiKeys([key]))
+            urls.append(stack.enter_context(serving(api)))
+        judges = {
+            "tiny": {"reward": made["reward"], "cost": made["cost"]},
+            "served": {"reward": urls[0], "cost": urls[1], "serve": True},
+        }
+        plan = tmp_path / "plan.yaml"
+        plan.write_text(yaml.safe_dump({"judges": judges}))
+        at = common(made).index("--judge")
+        arguments = [plan, *common(made)[:at], *common(made)[at + 2 :], "--methods", "base,agent"]
+        status, _, err = evaluate(*arguments, "--out", tmp_path / "out")
+        assert status == 0, err
+        for row in read_rows(tmp_path / "out" / "scores.jsonl"):
+            assert row["scores"]["served"] == pytest.approx(row["scores"]["tiny"], abs=1e-4)
+        monkeypatch.delenv("MARA_SCORE_KEY")
+        status, _, err = evaluate(*arguments, "--out", tmp_path / "two")
+        assert status == 1
+        assert "MARA_SCORE_KEY is not set" in err
+
+
+def test_refusals_nobody_can_judge_are_told():
+    def figures(share: float, kinds: dict) -> dict:
+        return {
+            "prompts": {"seen_in_training": [], "n": 40},
+            "flags": {},
+            "judges": {"one": {"training": False}},
+            "methods": {"agent": {"answers": {"refusal_share": share, "by_kind": kinds}}},
+        }
+
+    assert warnings(figures(0.3, {})) == warnings(figures(0.4, {"ordinary": {}})) == []
+    assert warnings(figures(0.4, {}))[0].startswith("agent refuses 40%; no prompt is of kind")
+
+
 def test_prompts_seen_in_training_are_told_or_dropped(evaluate, made, tmp_path):
     training = tmp_path / "train.jsonl"
     write_rows(training, [{"prompt": "QUESTION 4"}, {"prompt": "Question 5?"}])
@@ -454,12 +517,13 @@ def test_figures_become_tags_that_promotion_goes_by(evaluate, made, tmp_path, mo
     uri = tracking_uri(allow_local=True)
     registry = AgentRegistry(uri)
     with TrackingRun.start(uri, "tests", "run", {}) as run:
-        registry.register("mara-tiny", run.log_agent(Path(made["agent"])), {})
-    arguments = [part for part in common(made) if part not in ("--agent", made["agent"])]
+        for _ in range(3):
+            registry.register("mara-tiny", run.log_agent(Path(made["agent"])), {})
+    others = [part for part in common(made) if part not in ("--agent", made["agent"])]
+    arguments = [*others, "--methods", "base,agent,strength-0.5", "--track"]
     status, text, err = evaluate(
-        *arguments, "--agent", "models:/mara-tiny/1", "--methods", "base,agent,strength-0.5",
-        "--track", "--out", tmp_path / "out",
-    )  # fmt: skip
+        *arguments, "--agent", "models:/mara-tiny/1", "--out", tmp_path / "out"
+    )
     assert status == 0, err
     assert "tagged mara-tiny version 1 with agent's figures" in text
     result = json.loads((tmp_path / "out" / "summary.json").read_text())["result"]
@@ -478,3 +542,23 @@ def test_figures_become_tags_that_promotion_goes_by(evaluate, made, tmp_path, mo
         app.main()
     assert end.value.code in (0, None)
     assert registry.champion("mara-tiny") is None  # ten prompts are too few
+    # On another LLM than its own, what an agent does says nothing about promoting it.
+    status, text, err = evaluate(
+        *arguments, "--agent", "models:/mara-tiny/2", "--llm", made["twin"], "--allow-other-llm",
+        "--out", tmp_path / "other",
+    )  # fmt: skip
+    assert status == 0, err
+    assert "tagged" not in text
+    assert not any(
+        key.startswith("preference.") for key in registry.find("models:/mara-tiny/2").tags
+    )
+    # With the champion among the methods, it is what the others are held against.
+    registry.promote("mara-tiny", 1, evidence=None, force_reason="for this test")
+    status, text, err = evaluate(
+        *others, "--agent", "new=models:/mara-tiny/3", "--agent", "old=models:/mara-tiny/1",
+        "--methods", "base,agent", "--track", "--out", tmp_path / "three",
+    )  # fmt: skip
+    assert status == 0, err
+    tags = registry.find("models:/mara-tiny/3").tags
+    assert (tags["preference.against"], tags["preference.champion_version"]) == ("champion", "1")
+    assert float(tags["preference.rate"]) == 0.0  # the same agent

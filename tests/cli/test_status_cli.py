@@ -6,17 +6,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from endpoints import serving
+from local_cluster import free_ports
 
 from mara_rl.cli import app
 from mara_rl.tracking.run import TrackingRun
 from mara_rl.tracking.store import tracking_uri
-from mara_rl.training.checkpoint import TrainState, save_checkpoint
+from mara_rl.training.checkpoint import STATE_FILE, TrainState, save_checkpoint
 from mara_rl.training.config import load_config
-from mara_rl.training.run_folder import RunFolder, RunOutcome
+from mara_rl.training.run_folder import RunFolder, RunOutcome, remove_folder
 from mara_rl.training.run_names import EXPERIMENT, queue_name
+from services.api_keys import ApiKeys
 from services.prompt_files import PromptRecord
 from services.prompt_queue import PromptQueue
 from services.redis_server import connect, embedded_redis
+from services.score_api import create_score_api
 
 Status = Callable[..., tuple[int, str, str]]
 
@@ -89,6 +93,52 @@ def test_all_of_a_run_that_was_stopped(home: Path, status: Status) -> None:
     assert rows["dead letters"] == "1"
     assert rows["rollout/reward"] == "1"
     assert rows["Ray not reachable"] == found["unreachable"]["Ray"]
+
+
+def test_torn_checkpoints_are_told_and_the_newest_whole_one_is_shown(
+    home: Path, status: Status
+) -> None:
+    folder = make_run(home)
+    for name, text in (("000003", "{"), ("000004", None)):
+        torn = folder.checkpoints / name
+        torn.mkdir()
+        if text is not None:
+            (torn / STATE_FILE).write_text(text)
+    code, out, _ = status("mine", "--json")
+    found = json.loads(out)
+    assert code == 0
+    assert found["checkpoint"]["iteration"] == 2
+    assert set(found["torn_checkpoints"]) == {"000003", "000004"}
+    _, out, _ = status("mine")
+    assert "torn checkpoint 000004\tno state.json" in out
+    [whole] = (p for p in folder.checkpoints.iterdir() if p.name not in found["torn_checkpoints"])
+    remove_folder(whole)
+    _, out, _ = status("mine", "--json")
+    assert (json.loads(out)["checkpoint"], json.loads(out)["state"]) == (None, "stopped")
+
+
+def test_score_services_by_url_are_asked(
+    home: Path, status: Status, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MARA_SCORE_KEY", "a-key-of-this-test")
+    [port] = free_ports(1)
+
+    async def score(pairs: list[tuple[str, str]]) -> list[float]:
+        return [0.0 for _ in pairs]
+
+    api = create_score_api(score, "smollm2-reward", ApiKeys(["a-key-of-this-test"]))
+    with serving(api) as url:
+        gone = f"http://127.0.0.1:{port}"
+        RunFolder.named(
+            "mine",
+            load_config("quickstart", [f"scores.reward.url={url}", f"scores.cost.url={gone}"]),
+        )
+        _, out, _ = status("mine", "--json")
+        assert json.loads(out)["url_scores"] == {url: "smollm2-reward"}
+        _, out, _ = status("mine")
+        rows = dict(line.split("\t") for line in out.splitlines())
+        assert rows[f"score service {url}"] == "smollm2-reward"
+        assert "ConnectError" in rows[f"{gone} not reachable"]
 
 
 def test_a_run_is_training_while_a_process_has_it_and_done_at_its_end(

@@ -33,6 +33,7 @@ def test_a_clear_win_over_the_champion_promotes():
         (measured(29, 0, 0), None, "29 prompts; expected at least 30"),
         # Nothing but wins and ties: the interval alone would be too sure of these.
         (measured(5, 0, 30), None, "sign test p = 0.062"),
+        (measured(60, 20, 40, against="base", flaw="40% are broken"), None, "40% are broken"),
         (measured(60, 20, 40), 3, "compared with the base LLM; expected the champion, version 3"),
         (
             measured(60, 20, 40, against="champion", champion_version=2),

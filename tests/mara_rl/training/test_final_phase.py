@@ -1,6 +1,7 @@
 """What a run ends with: the comparison where scores are missing, registering after a cut."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -131,6 +132,19 @@ def test_the_champion_is_compared_on_the_prompts_that_have_scores(
     assert made.rate_against("champion", 4, aligned) is None
     nothing = PromotionEvidence.from_rate(None, against="champion", champion_version=4)
     assert refusal(nothing, champion=4) == "preference figure 'rate' is nan"
+
+
+def test_broken_answers_or_many_missing_scores_are_a_flaw() -> None:
+    whole = evaluation({})
+    aligned = whole.answers("aligned", "ours")
+    rate = whole.rate_against("champion", 4, aligned)
+    assert whole.flaw(aligned, rate) == ""
+    for missing, flaw in ((4, ""), (5, "5 of 40 prompts lack a score: do not trust the rate")):
+        made = evaluation({f"champion on prompt {i}": "cost" for i in range(missing)})
+        assert made.flaw(aligned, made.rate_against("champion", 4, aligned)) == flaw
+    empty = [replace(answer, text="") for answer in aligned.answers[:20]]
+    broken = replace(aligned, answers=[*empty, *aligned.answers[20:]])
+    assert whole.flaw(broken, rate).startswith("50% of its 40 answers are broken (50% empty")
 
 
 def test_a_run_that_comes_to_its_end_again_registers_once(
