@@ -1,7 +1,7 @@
 """What the value warm start and PPO each bring, at equal LLM token-forwards, over several seeds.
 
 Run with `make bench-ablation`; nine quickstart runs of about 13 minutes each on 2 CPU
-cores. Runs that are finished are not run again, so it can be stopped and started.
+cores. It can be stopped and started: a run that is finished is not run again, another goes on.
 
 - both: the quickstart as shipped.
 - warm: all token-forwards go into the answers of the warm start's two rounds; no PPO.
@@ -25,19 +25,22 @@ VARIANTS = {
     "warm": ["warm_start.answers=1984", "ppo.iterations=0"],
     "ppo": ["warm_start=null", "ppo.iterations=36", "ppo.lr=1.0e-4"],
 }
+RUN = "quickstart-1"
 AXES = ("both", "helpful", "harmless")
 
 
 def run(sets: Sequence[str], home: Path) -> Path:
-    """Train and evaluate the quickstart with these settings, if that is not done; its folder."""
-    folder = home / "quickstart-1"
-    if not (folder / "evaluation" / "summary.json").exists():
+    """Train and evaluate the quickstart with these settings, or go on with it; its folder."""
+    folder = home / RUN
+    if not (folder / "outcome.json").exists():
         sets = [*sets, "ppo.minutes=null"]
         subprocess.run(
             [
                 str(Path(sys.executable).with_name("mara-rl")),
                 "train",
                 "quickstart",
+                "--run",
+                RUN,
                 *(a for s in sets for a in ("--set", s)),
             ],
             env={**os.environ, "MARA_HOME": str(home)},

@@ -4,16 +4,23 @@
         --dev safe_rlhf_prompts_dev.jsonl --out results
 
 trains the agents of `RUNS` with the quickstart's preset on prompts of the one file and compares
-them, with the LLM alone and with best-of-N, on those of the other. About two hours on 2 CPU cores.
-Run it again to go on where it stopped. Settings are tried on `tune.jsonl`, prompts of the training
-file that no agent is trained on: `--dev results/tune.jsonl --out tried`.
+them, with the LLM alone and with best-of-N, on those of the other. About two and a half hours on 2
+CPU cores. Run it again to go on where it stopped. Settings are tried on `tune.jsonl`, prompts of
+the training file that no agent is trained on:
+
+    python benchmarks/safe_rlhf.py --train … --dev results/tune.jsonl --out tried \
+        --runs both-0 --replicates 4 --set ppo.kl_coeff=0.2
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
+import os
 import subprocess
 import sys
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +35,7 @@ RUNS = {
     "ppo-0": VARIANTS["ppo"],
     "relative-0": ["agent.head=relative", "warm_start.distil_epochs=0"],
     "anchored-0": ["agent.head=anchored"],
+    "ppo-paper-0": [*VARIANTS["ppo"], "agent.head=paper"],  # as the paper's agents begin
 }
 STRENGTHS = (0.5, 1.5, 2.0)
 
@@ -44,8 +52,8 @@ def split(source: Path, folder: Path) -> tuple[Path, Path]:
 
 
 def plan(agents: dict[str, Path], dev: Path, train: Path, replicates: int) -> dict[str, Any]:
-    """The evaluation: LLM, best-of-N, agents, and one agent's strengths."""
-    first = str(agents["both-0"])
+    """The evaluation: LLM, best-of-N, agents, and the first agent's strengths."""
+    first = str(next(iter(agents.values())))
     sampled = {"kind": "agent", "agent": first, "rule": "sample"}
     return {
         "dtype": "bfloat16",
@@ -81,18 +89,39 @@ def plan(agents: dict[str, Path], dev: Path, train: Path, replicates: int) -> di
     }
 
 
-def compare(settings: dict[str, Any], baseline: str, out: Path) -> dict[str, Any]:
-    """The summary of the evaluation against ``baseline``; answers and scores are made once."""
-    file = out / f"plan-{baseline}.yaml"
-    file.write_text(yaml.safe_dump({**settings, "baseline": baseline}, sort_keys=False))
-    folder = out / "evaluation"
+def compare(settings: dict[str, Any], out: Path) -> dict[str, Any]:
+    """The summary of the evaluation; answers and scores are made once."""
+    file = out / "plan.yaml"
+    file.write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
     command = str(Path(sys.executable).with_name("mara-rl"))
+    folder = out / "evaluation"
     subprocess.run(
         [command, "evaluate", str(file), "--out", str(folder)], stdout=sys.stderr, check=True
     )
-    summary = (folder / "summary.json").read_text(encoding="utf-8")
-    (out / f"summary-{baseline}.json").write_text(summary, encoding="utf-8")
-    return json.loads(summary)
+    return json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+
+
+def looks(out: Path, settings: dict[str, Any]) -> int:
+    """How many different evaluations have been made in ``out``, this one counted."""
+    file = out / "looks.json"
+    seen = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    sha256 = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
+    if sha256 not in seen:
+        file.write_text(json.dumps([*seen, sha256]), encoding="utf-8")
+    return len({*seen, sha256})
+
+
+@contextlib.contextmanager
+def clocked(out: Path, what: str) -> Iterator[None]:
+    """Add what the block takes, ended or not, to the seconds in ``seconds.json``."""
+    file = out / "seconds.json"
+    began_s = time.monotonic()
+    try:
+        yield
+    finally:
+        spent = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+        spent[what] = spent.get(what, 0.0) + time.monotonic() - began_s
+        file.write_text(json.dumps(spent), encoding="utf-8")
 
 
 def interval(value: dict[str, Any], key: str = "value", digits: int = 2) -> str:
@@ -100,8 +129,8 @@ def interval(value: dict[str, Any], key: str = "value", digits: int = 2) -> str:
     return "{} [{}, {}]".format(*figures)
 
 
-def table(summary: dict[str, Any], forwards: dict[str, int]) -> str:
-    """Markdown: each method against the summary's baseline, by both judges."""
+def table(summary: dict[str, Any], baseline: str, forwards: dict[str, int]) -> str:
+    """Markdown: each method against ``baseline``, by both judges."""
     judges = list(summary["judges"])
     heads = ["method", "tokens through the LLM in training"]
     heads += [f"{what}, {judge}" for judge in judges for what in ("both axes", "weighted reward")]
@@ -110,21 +139,29 @@ def table(summary: dict[str, Any], forwards: dict[str, int]) -> str:
     for name, method in summary["methods"].items():
         cells = [name, f"{forwards[name]:,}" if name in forwards else "–"]
         for judge in judges:
-            versus = method.get("versus_baseline", {}).get(judge)
-            cells += (
-                [
-                    interval(versus["both"], "rate", 1),
-                    interval(versus["difference"]["weighted"]),
-                ]
-                if versus
-                else ["–", "–"]
-            )
-        decoding = method["decoding"]
+            found = summary["pairwise"][judge][name].get(baseline)
+            cells += [interval(found, "rate", 1), interval(found["weighted"])] if found else "––"
         for key, digits in (("kl_per_token", 3), ("forwards_per_token", 2), ("tokens_per_s", 0)):
-            value = decoding.get(key)
+            value = method["decoding"].get(key)
             cells.append("–" if value is None else f"{value:.{digits}f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def trained(
+    names: Sequence[str], overrides: Sequence[str], train: Path, tune: Path, out: Path
+) -> tuple[dict[str, Path], dict[str, int]]:
+    """By run: the agent's folder, and the tokens that training it put through the LLM."""
+    agents, forwards = {}, {}
+    sets = [f"prompts.train={train}", f"prompts.heldout={tune}", "evaluation.max_prompts=8"]
+    for name in names:
+        with clocked(out, name):
+            folder = run([*RUNS[name], *sets, *overrides], out / "runs" / name)
+        agents[name] = folder / "agent"
+        newest = max((folder / "checkpoints").iterdir())
+        state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
+        forwards[name] = state["token_forwards"]
+    return agents, forwards
 
 
 def main() -> None:
@@ -134,27 +171,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--replicates", type=int, default=16, help="samples of the LLM a prompt")
+    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides")
     arguments = parser.parse_args()
     out = arguments.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     train, tune = split(arguments.train, out)
+    agents, forwards = trained(arguments.runs, arguments.overrides, train, tune, out)
+    settings = plan(agents, arguments.dev.absolute(), train, arguments.replicates)
+    with clocked(out, "evaluation"):
+        summary = compare(settings, out)
     for file in (arguments.train, arguments.dev):
         print(f"{file.name}: sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}")
-    agents, forwards = {}, {}
-    for name in arguments.runs:
-        sets = [f"prompts.train={train}", f"prompts.heldout={tune}", "evaluation.max_prompts=8"]
-        folder = run([*RUNS[name], *sets], out / "runs" / name)
-        agents[name] = folder / "agent"
-        newest = max((folder / "checkpoints").iterdir())
-        state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
-        forwards[name] = state["token_forwards"]
-    settings = plan(agents, arguments.dev.absolute(), train, arguments.replicates)
-    for baseline in (
-        "base",
-        *(name for name in ("best-of-4", "ppo-0") if name in settings["methods"]),
-    ):
-        print(f"\nagainst {baseline}\n")
-        print(table(compare(settings, baseline, out), forwards), flush=True)
+    seconds = json.loads((out / "seconds.json").read_text(encoding="utf-8"))
+    print(f"evaluations on {arguments.dev.name}: {looks(out, settings)}")
+    parts = ", ".join(f"{name} {spent / 60:.0f}" for name, spent in seconds.items())
+    total_h = sum(seconds.values()) / 3600
+    print(f"minutes: {parts}; {total_h:.1f} hours on {os.cpu_count()} cores in all")
+    for baseline in ("base", "best-of-4", "ppo-0"):
+        if baseline in summary["methods"]:
+            print(f"\nagainst {baseline}\n\n{table(summary, baseline, forwards)}")
 
 
 if __name__ == "__main__":

@@ -162,7 +162,7 @@ def _llm(name: str) -> str:
 
     if name == SMOLLM2:
         return f"{name}: {smollm2_gguf()}"
-    if Path(name).is_dir():
+    if Path(name).exists():  # a folder or a .gguf file
         return f"{name}: hidden size {llm_hidden_size(name)}"
     return _hub_model(name, f"a shipped name ({SMOLLM2})")
 

@@ -96,7 +96,7 @@ def _log(metrics: Any, answers: list[Answer], task: Any) -> None:
         "answers": len(scored),
         "failed_answers": sum(failures.values()),
         "response_tokens": sum(a.num_tokens for a in scored),
-        "prefill_tokens": sum(a.prefill_tokens for a in scored),
+        "prefill_tokens": sum(a.prefill_tokens for a in answers),
         "decisions": sum(a.decisions for a in scored),
         "forced_steps": sum(a.forced_steps for a in scored),
     }

@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from mara_rl.cli import doctor
 from mara_rl.cli.app import app
+from mara_rl.policy_llm import smollm2_gguf
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +65,8 @@ def test_a_machine_that_has_everything_a_config_needs(write_config, home):
     assert found["prompts train"][1].startswith("1, ")
     assert found["prompts heldout"][1].endswith(", packaged")
     assert found["resources"][1].startswith("asks for 0.6 CPU")
+    _, found = findings("--config", write_config(llm={"name": str(smollm2_gguf())}))
+    assert found["LLM"] == ("ok", f"{smollm2_gguf()}: hidden size 576")
 
 
 def test_every_missing_thing_has_a_line_of_its_own(write_config, tmp_path, monkeypatch):
