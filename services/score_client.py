@@ -111,8 +111,10 @@ class ScoreClient:
     def _ask(self, name: str, source: ScoreSource, pairs: list[tuple[str, str]]) -> Sequence[float]:
         config = self._config
 
-        def count_retry(_: RetryCallState) -> None:
+        def count_retry(state: RetryCallState) -> None:
             self.counters[f"retries/{name}"] += 1
+            failure = state.outcome.exception() if state.outcome else None
+            logger.warning("score %r from %s is asked for again: %s", name, source, failure)
 
         retrying = Retrying(
             retry=retry_if_exception_type(RetryableError),

@@ -20,6 +20,8 @@ METRICS = "mara"
 class DecisionEpisodes(RLlibCallback):
     """RLlib callback of the rollout actors."""
 
+    _retries = 0  # of scores, logged so far
+
     def on_sample_end(  # type: ignore[override]
         self, *, env_runner: Any, metrics_logger: Any, samples: list[SingleAgentEpisode], **kw: Any
     ) -> None:
@@ -44,7 +46,13 @@ class DecisionEpisodes(RLlibCallback):
                 kept.append(decisions)
         # Where every answer failed, what is left would train on KL and bootstrapped values alone.
         samples[:] = [] if failed and len(failed) == len(answers) else kept
-        _log(metrics_logger, list(answers.values()), env.task)
+        _log(metrics_logger, list(answers.values()))
+        counters = env.task.scorer.counters
+        retries = sum(n for key, n in counters.items() if key.startswith("retries/"))
+        metrics_logger.log_value(
+            (METRICS, "scoring_retries"), retries - self._retries, reduce="sum"
+        )
+        self._retries = retries
 
 
 def decision_rows(episode: SingleAgentEpisode) -> SingleAgentEpisode | None:
@@ -89,7 +97,7 @@ def decision_rows(episode: SingleAgentEpisode) -> SingleAgentEpisode | None:
     return shorter.to_numpy()
 
 
-def _log(metrics: Any, answers: list[Answer], task: Any) -> None:
+def _log(metrics: Any, answers: list[Answer]) -> None:
     scored = [a for a in answers if a.finish_reason != "failed"]
     failures = Counter(a.failure for a in answers if a.finish_reason == "failed")
     counts = {

@@ -13,15 +13,19 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 @pytest.mark.parametrize("deadline_s", [60, 2])
 def test_a_reward_replica_dies_in_mid_call(chaos, deadline_s: float) -> None:
-    """With a short deadline the answers of that time are dropped, counted, and asked for again."""
+    """With a short deadline the answers of that time are dropped, counted, and asked for again.
+
+    With a long one the call is repeated; either way the log says why and the metrics count it.
+    """
     run = chaos.start(scoring={"deadline_s": deadline_s})
     run.until_iteration(3)
     at = time.time()
     run.processes(REPLICA.format("reward"))[0].kill()
     took_s = chaos.recovered(run, at)
     output = chaos.end(run, f"the reward replica killed (deadline_s: {deadline_s})", took_s)
-    told = "score 'reward' from app 'reward'" in output
-    assert told == (deadline_s == 2)
+    assert "score 'reward' from app 'reward' is asked for again: " in output
+    assert ("score 'reward' from app 'reward': " in output) == (deadline_s == 2)
+    assert sum(value for _, value, _ in metric_history(chaos.home, "rollout/scoring_retries")) > 0
     assert [letter["prompt"] for letter in chaos.queue().dead_letters()] in (["p3"], [])
 
 
@@ -57,19 +61,19 @@ def mlflow_server(chaos) -> Iterator[MLflowServer]:
     server.kill()
 
 
-def test_mlflow_is_away_for_a_while(chaos, mlflow_server: MLflowServer) -> None:
+def test_mlflow_is_away_for_a_minute(chaos, mlflow_server: MLflowServer) -> None:
     chaos.env["MLFLOW_TRACKING_URI"] = mlflow_server.uri
     run = chaos.start()
     run.until_iteration(3)
     at = time.time()
     mlflow_server.kill()
     before = iterations(chaos.home)[-1][0]
-    time.sleep(10)
+    time.sleep(60)
     mlflow_server.start()
     run.until(lambda: dict(iterations(chaos.home)).get(before + 1), "the metrics of that time")
     took_s = time.time() - at
-    output = chaos.end(run, "MLflow killed, back after 10 s", took_s)
+    output = chaos.end(run, "MLflow killed, back after 60 s", took_s)
     assert "metrics are kept in memory for now" in output
     away = [ended for step, ended in iterations(chaos.home) if step > before]
-    assert min(away) - at < 10, "training went on meanwhile"
+    assert min(away) - at < 60, "training went on meanwhile"
     assert metric_history(chaos.home, "faults/resumes")[-1][1] == 0

@@ -1,5 +1,6 @@
 """Forced rows leave the episodes, rewards on them move to the decision before."""
 
+from collections import Counter
 from types import SimpleNamespace
 
 import numpy as np
@@ -79,15 +80,23 @@ class FakePrompts:
         self.failed.append(prompt.entry_id)
 
 
-class FakeMetrics:
-    def log_value(self, *args: object, **kwargs: object) -> None:
-        """Metrics are not under test."""
+class FakeMetrics(Counter[str]):
+    """The sums of what is logged, by name."""
+
+    def log_value(self, name: tuple[str, str], value: float, *, reduce: str) -> None:
+        assert (name[0], reduce) == ("mara", "sum")
+        self[name[1]] += value
 
 
 def end_of_sample(answers: dict[int, Answer], samples: list[SingleAgentEpisode]) -> FakePrompts:
     """Run the callback on deferred answers that score as they already say."""
     prompts = FakePrompts()
-    task = SimpleNamespace(defer_scores=True, score=lambda answers: None, prompts=prompts)
+    task = SimpleNamespace(
+        defer_scores=True,
+        score=lambda answers: None,
+        prompts=prompts,
+        scorer=SimpleNamespace(counters=Counter()),
+    )
     env = SimpleNamespace(task=task, take_finished=lambda: answers)
     runner = SimpleNamespace(env=SimpleNamespace(unwrapped=env))
     DecisionEpisodes().on_sample_end(
@@ -124,6 +133,29 @@ def test_without_any_score_nothing_is_trained_on() -> None:
     samples = [finished(1), episode([0], terminal_reward=None)]
     end_of_sample({1: answer("1-0", 0.0, failure="service is away", outage=True)}, samples)
     assert samples == []
+
+
+def test_what_was_scored_again_and_what_failed_is_counted() -> None:
+    counters = Counter({"calls": 2, "retries/reward": 1})
+    answers = {
+        1: answer("1-0", 2.0),
+        2: answer("2-0", 0.0, failure="score not finite"),
+    }
+    answers[1].prefill_tokens, answers[2].prefill_tokens = 7, 5
+    task = SimpleNamespace(
+        defer_scores=True,
+        score=lambda answers: counters.update({"retries/reward": 1, "retries/cost": 1}),
+        prompts=FakePrompts(),
+        scorer=SimpleNamespace(counters=counters),
+    )
+    env = SimpleNamespace(task=task, take_finished=lambda: answers)
+    callback, metrics = DecisionEpisodes(), FakeMetrics()
+    for expected in (3, 5):
+        runner = SimpleNamespace(env=SimpleNamespace(unwrapped=env))
+        callback.on_sample_end(env_runner=runner, metrics_logger=metrics, samples=[])
+        assert metrics["scoring_retries"] == expected, "what was logged before is not again"
+    assert (metrics["answers"], metrics["failed_answers"]) == (2, 2)
+    assert metrics["prefill_tokens"] == 24, "a failed answer's prompt went through the LLM too"
 
 
 def test_a_chunk_of_decisions_stays_as_it_is() -> None:
