@@ -210,6 +210,12 @@ async def soak_url(url: str, arguments: argparse.Namespace) -> Soak:
         left = await soak.left_in_use()
     if left:
         soak.wrong.append(f"{left:g} slots or places are still taken")
+    for kind, (_, allowed, _) in KINDS.items():
+        counts = soak.statuses.get(kind, Counter())
+        if allowed == DONE and counts["200"] * 2 < counts.total():
+            soak.wrong.append(
+                f"{kind}: {counts['200']} of {counts.total()} answered; expected half"
+            )
     growth, level = soak.memory_growth(), median(soak.memory)
     share, least = MEMORY_SLACK
     if growth > max(share * level, least):

@@ -1,9 +1,10 @@
 """Where agents come from without a registry: folders, published files, the model hub."""
 
 from pathlib import Path
+from typing import Any
 
 from mara_rl.agent import Agent
-from mara_rl.agent_files import SPEC_FILE, WEIGHTS_FILE, load_agent
+from mara_rl.agent_files import SPEC_FILE, WEIGHTS_FILE, load_agent, read_agent_spec
 from mara_rl.errors import ConfigError, DataError, first_line
 from mara_rl.published_actors import load_published_actor
 
@@ -21,13 +22,21 @@ def load_local_agent(path: Path) -> Agent:
 
 
 def fetch_agent(ref: str) -> Agent:
-    """An agent by local path, or from the model hub.
+    """An agent by local path, or from the model hub: `locate_agent`, loaded.
+
+    Raises DataError for what is not an agent, ConfigError when nothing is there.
+    """
+    return load_local_agent(locate_agent(ref))
+
+
+def locate_agent(ref: str) -> Path:
+    """The folder or ``.pth`` file of an agent by local path, or fetched from the model hub.
 
     On the hub: ``owner/repository`` with our two files, or ``owner/repository/file.pth``. A local
-    path goes first. Raises DataError for what is not an agent, ConfigError when nothing is there.
+    path goes first. Raises DataError for what can be neither, ConfigError when nothing is there.
     """
     if Path(ref).exists():
-        return load_local_agent(Path(ref))
+        return Path(ref)
     owner, _, rest = ref.partition("/")
     repository, _, file = rest.partition("/")
     if not owner or not repository or ref.startswith((".", "/", "~")):
@@ -43,4 +52,9 @@ def fetch_agent(ref: str) -> Agent:
             f"agent {ref!r}: no such file or folder, and the model hub did not give "
             f"{' and '.join(names)}: {reason}"
         ) from error
-    return load_published_actor(paths[0]) if file else load_agent(paths[0].parent)
+    return paths[0] if file else paths[0].parent
+
+
+def local_metadata(path: Path) -> dict[str, Any]:
+    """What an agent's folder says beside its spec; nothing for a ``.pth`` file."""
+    return read_agent_spec(path)[1] if path.is_dir() else {}

@@ -11,6 +11,8 @@ from mara_rl.decoding.decoder import Decoder
 from mara_rl.decoding.request import DecodeRequest, DecodeSettings
 from mara_rl.policy_llm import DType, PolicyLLM, load_policy_llm
 
+_MAX_NEW_TOKENS = 2048  # as the paper's evaluation has it
+
 
 class Output(TypedDict):
     """What `MARAGenerator` returns: the answer's text, and all that is known of it."""
@@ -72,17 +74,28 @@ class MARAGenerator:
         self._request("check", blend=self._blend, max_new_tokens=1)  # refuse bad settings now
 
     def get_raw_output(
-        self, prompt: str, *, do_sample: bool = False, max_new_tokens: int = 2048, **more: Any
+        self,
+        prompt: str,
+        *,
+        do_sample: bool = False,
+        max_new_tokens: int | None = None,
+        **more: Any,
     ) -> Output:
         """The LLM's own answer: greedy, or sampled from its truncated distribution.
 
+        ``max_new_tokens`` is 2048, or what the context has room for, unless given.
         ``more`` are further fields of `DecodeSettings`, such as ``seed`` and ``temperature``.
         Raises ConfigError for those that would change nothing.
         """
         return self._answer(prompt, None, do_sample, max_new_tokens, more)
 
     def get_proxy_output(
-        self, prompt: str, *, do_sample: bool = False, max_new_tokens: int = 2048, **more: Any
+        self,
+        prompt: str,
+        *,
+        do_sample: bool = False,
+        max_new_tokens: int | None = None,
+        **more: Any,
     ) -> Output:
         """The aligned answer: by the agent's rule, or sampled from the induced distribution."""
         return self._answer(prompt, self._blend, do_sample, max_new_tokens, more)
@@ -92,11 +105,14 @@ class MARAGenerator:
         prompt: str,
         blend: Blend | None,
         do_sample: bool,
-        max_new_tokens: int,
+        max_new_tokens: int | None,
         more: dict[str, Any],
     ) -> Output:
         if do_sample:
             more = {"rule": "sample", **more}
+        if max_new_tokens is None:
+            room = self.llm.context_tokens - len(self.llm.prompt_ids(prompt, self._system))
+            max_new_tokens = max(1, min(_MAX_NEW_TOKENS, room))
         request = self._request(prompt, blend=blend, max_new_tokens=max_new_tokens, **more)
         answer = self._decoder.run([request])[0]
         return {"answer": answer.text, "details": answer}

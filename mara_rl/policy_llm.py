@@ -40,8 +40,15 @@ class PolicyLLM:
         self.name = name
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self.hidden_size: int = model.config.get_text_config().hidden_size
-        self.context_tokens: int = model.config.get_text_config().max_position_embeddings
+        config = model.config.get_text_config()
+        self.hidden_size: int = config.hidden_size
+        context_tokens = getattr(config, "max_position_embeddings", None)
+        if context_tokens is None:
+            raise ConfigError(
+                f"llm {name!r}: architecture {type(model).__name__} is not supported: its config "
+                "has no max_position_embeddings"
+            )
+        self.context_tokens: int = context_tokens
         self.eos_ids = _eos_ids(model, tokenizer)
 
     @property
@@ -63,8 +70,16 @@ class PolicyLLM:
     def chat_ids(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
         """Token ids of a conversation (``role`` and ``content`` each) that awaits an answer.
 
-        Raises ConfigError with the template's own words where it refuses the roles or their order.
+        Raises ConfigError with the template's own words where it refuses the roles or their order,
+        and for text that is not Unicode (half of a character).
         """
+        for message in messages:
+            try:
+                message["content"].encode()
+            except UnicodeEncodeError as error:
+                raise ConfigError(
+                    f"the {message['role']}'s message is not valid text at character {error.start}"
+                ) from error
         try:
             return self.tokenizer.apply_chat_template(
                 list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
@@ -107,12 +122,14 @@ def load_policy_llm(
             source = _source(name)
             tokenizer = AutoTokenizer.from_pretrained(**source)
             model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch_dtype)
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # damaged files raise whatever their readers stumble over
             raise _not_loadable(name, error) from error
     if chat and tokenizer.chat_template is None:
         raise DataError(f"llm {name!r} has no chat template; expected an instruction-tuned LLM")
     placed: Any = model
     llm = PolicyLLM(name, placed.to(device), tokenizer)
+    if chat:
+        llm.prompt_ids("x")  # a template that renders nothing is told of now
     if pack:
         pack_linears(llm.model)
     return llm
@@ -124,7 +141,7 @@ def llm_hidden_size(name: str) -> int:
 
     try:
         config = AutoConfig.from_pretrained(**_source(name))
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # as above
         raise _not_loadable(name, error) from error
     return config.get_text_config().hidden_size
 
@@ -143,6 +160,8 @@ def _source(name: str) -> dict[str, str]:
 
 def _not_loadable(name: str, error: Exception) -> ConfigError:
     reason = first_line(error)
+    if not isinstance(error, (OSError, ValueError, RuntimeError)):  # those say what is wrong
+        reason = f"{type(error).__name__}: {reason}"
     return ConfigError(
         f"llm {name!r} could not be loaded (expected a shipped name, a model folder, a "
         f".gguf file or a hub id): {reason}"
@@ -216,11 +235,14 @@ def _end_of_turn(tokenizer: Any) -> int | None:
     if tokenizer.chat_template is None:
         return None
     mark = "mara-end-of-turn-probe"
-    rendered = tokenizer.apply_chat_template(
-        [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}], tokenize=False
-    )
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}]
+    try:
+        rendered = tokenizer.apply_chat_template(turns, tokenize=False)
+    except TemplateError:  # one that knows no assistant turns says nothing of their end
+        return None
     after = tokenizer(rendered.rpartition(mark)[2].lstrip(), add_special_tokens=False)["input_ids"]
-    return after[0] if after and after[0] in tokenizer.all_special_ids else None
+    special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return after[0] if after and after[0] in special.union(tokenizer.all_special_ids) else None
 
 
 @contextlib.contextmanager

@@ -13,6 +13,8 @@ from mara_rl.agent import Agent, AgentSpec
 from mara_rl.agent_files import agent_with_weights
 from mara_rl.errors import DataError, first_line
 
+_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
 
 def load_published_actor(path: Path) -> Agent:
     """A published actor, a ``.pth`` state dict: head ``paper``, rule ``threshold``, k 40, p .95.
@@ -31,12 +33,19 @@ def load_published_actor(path: Path) -> Agent:
                 "is loaded"
             ) from error
         raise DataError(f"{path} is truncated or not a torch file") from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
+    except Exception as error:  # a damaged file raises whatever its reader stumbles over
         raise DataError(f"{path} could not be read: {first_line(error)}") from error
-    if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(t, Tensor) for key, t in state.items()
+    ):
         raise DataError(f"{path} does not hold named tensors; expected an actor's state dict")
+    for key, t in state.items():
+        if t.dtype not in _DTYPES or t.layout != torch.strided or t.is_meta or t.is_nested:
+            raise DataError(
+                f"{path}: weight {key!r} is {t.dtype}, {t.layout}; expected plain floats"
+            )
     norm = state.get("ln.weight")
-    if norm is None or norm.ndim != 1:
+    if norm is None or norm.ndim != 1 or not len(norm):
         keys = ", ".join(sorted(map(str, state))[:4]) or "none"
         raise DataError(f"{path} has no vector 'ln.weight'; expected an actor, found keys {keys} …")
     spec = AgentSpec(

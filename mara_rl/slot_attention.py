@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
+from mara_rl.errors import ConfigError
+
 NAME = "mara_slots"
 
 
@@ -63,6 +65,7 @@ def slot_attention(
     layout: Layout,
     scaling: float | None = None,
     softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention as transformers calls it, with keys and values of whole slots.
@@ -73,9 +76,12 @@ def slot_attention(
         attention_mask: (R, 1, group · W, view), what `bias` made of what each token sees.
         layout: where the tokens stand.
         scaling, softcap: of the LLM's attention logits.
+        s_aux: attention sinks (gpt-oss), which are not supported.
 
     Returns (1, N, heads, D); the second value is always None.
     """
+    if s_aux is not None:
+        raise ConfigError("attention sinks are not supported")
     key_heads = key.shape[1]
     group = query.shape[1] // key_heads
     # The heads that share a key head become further queries of it: (R, key heads, group · W, D).

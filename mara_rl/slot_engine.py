@@ -2,15 +2,20 @@
 
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
 from mara_rl import slot_attention
-from mara_rl.errors import ConfigError
+from mara_rl.errors import ConfigError, first_line
 from mara_rl.policy_llm import PolicyLLM
 from mara_rl.slot_attention import Layout
 from mara_rl.slot_cache import SlotCache
+
+_PROBE_TOKENS = 12
+_MAX_PROBE_KL = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.2}  # nats
+_probed: WeakSet[PolicyLLM] = WeakSet()
 
 
 class SlotEngine:
@@ -26,9 +31,19 @@ class SlotEngine:
         prefill_tokens: prompt tokens put through the LLM so far.
         candidate_tokens: candidates put through the LLM so far.
         forwards: forwards of the LLM so far.
+
+    The first engine of an LLM is held against the LLM's own forward. Raises ConfigError where they
+    differ: the architecture does what is not known here.
     """
 
     def __init__(self, llm: PolicyLLM, num_slots: int) -> None:
+        if llm not in _probed:
+            _probed.add(llm)  # the probe makes an engine of its own
+            try:
+                _probe(llm)
+            except BaseException:
+                _probed.remove(llm)
+                raise
         config = llm.model.config.get_text_config()
         self.llm = llm
         self.num_slots = num_slots
@@ -38,7 +53,8 @@ class SlotEngine:
         self.forwards = 0
         self._cache = SlotCache(config.num_hidden_layers, num_slots, llm.device)
         self._windows = _attention_windows(config)
-        self._group = config.num_attention_heads // config.num_key_value_heads
+        key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self._group = config.num_attention_heads // key_heads
         self._all = torch.arange(num_slots)
 
     def clear(self, slots: Sequence[int]) -> None:
@@ -125,7 +141,10 @@ class SlotEngine:
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits (R, V), float32, after tokens with hidden states (R, H)."""
         logits = self.llm.model.get_output_embeddings()(hidden).float()
-        cap = getattr(self.llm.model.config.get_text_config(), "final_logit_softcapping", None)
+        config = self.llm.model.config.get_text_config()
+        logits *= getattr(config, "logit_scale", None) or 1.0  # Cohere
+        logits /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+        cap = getattr(config, "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap else logits
 
     def _forward(
@@ -189,6 +208,36 @@ class SlotEngine:
                 use_cache=True,
                 layout=layout,
             ).last_hidden_state[0]
+
+
+@torch.inference_mode()
+def _probe(llm: PolicyLLM) -> None:
+    """Raise ConfigError unless an engine predicts what the LLM by itself does."""
+    architecture = type(llm.model).__name__
+    vocabulary = llm.model.get_input_embeddings().num_embeddings
+    tokens = (torch.arange(1, _PROBE_TOKENS + 1) * 7919 % vocabulary).tolist()
+    try:
+        expected = llm.model(torch.tensor([tokens], device=llm.device)).logits[0, -1].float()
+        engine = SlotEngine(llm, 1)
+        engine.prefill([0], [tokens[:-1]])
+        hidden = engine.look(
+            torch.tensor([0]), torch.tensor([2]), torch.tensor([0, tokens[-1]]), torch.tensor([0])
+        )
+        found = engine.logits(hidden[1:])[0]
+    except Exception as error:  # architectures differ in whatever they lack
+        reason = first_line(error)
+        if not isinstance(error, ConfigError):
+            reason = f"{type(error).__name__}: {reason}"
+        raise ConfigError(
+            f"llm {llm.name!r}: architecture {architecture} is not supported: {reason}"
+        ) from error
+    expected, found = expected.log_softmax(-1), found.log_softmax(-1)
+    kl = float((expected.exp() * (expected - found)).sum())
+    if not kl <= _MAX_PROBE_KL[llm.model.dtype] and bool(expected.isfinite().all()):
+        raise ConfigError(
+            f"llm {llm.name!r}: architecture {architecture} is not supported: decoding in slots "
+            f"is {kl:.2g} nats from the LLM's own forward"
+        )
 
 
 def _attention_windows(config: Any) -> dict[str, int | None]:

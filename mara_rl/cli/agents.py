@@ -82,18 +82,17 @@ def export(
 
     One with the published agents' head and rule also as a .pth file that their code reads.
     """
-    from mara_rl.agent_files import read_agent_spec, save_agent
-    from mara_rl.agent_refs import fetch_agent
+    from mara_rl.agent_files import save_agent
+    from mara_rl.agent_refs import load_local_agent, local_metadata, locate_agent
     from mara_rl.published_actors import is_published_kind, save_published_actor
     from mara_rl.tracking.registry import is_registry_ref
 
-    source, metadata = Path(ref), {}
     with contextlib.ExitStack() as stack:
         if is_registry_ref(ref):
             source = stack.enter_context(_registry(single_node).fetched(ref))
-        agent = fetch_agent(str(source))
-        if source.is_dir():
-            metadata = read_agent_spec(source)[1]
+        else:
+            source = locate_agent(ref)
+        agent, metadata = load_local_agent(source), local_metadata(source)
     save_agent(agent, out, metadata=metadata | {"exported_from": ref})
     if is_published_kind(agent.spec):
         save_published_actor(agent, out / f"{out.name.removesuffix('_actor')}_actor.pth")
@@ -121,12 +120,13 @@ def import_agent(
 
     from mara_rl.agent import Agent
     from mara_rl.agent_files import save_agent
-    from mara_rl.agent_refs import fetch_agent
+    from mara_rl.agent_refs import load_local_agent, local_metadata, locate_agent
     from mara_rl.policy_llm import llm_hidden_size
     from mara_rl.tracking.registry import model_name_for
     from mara_rl.tracking.run import TrackingRun
 
-    agent = fetch_agent(ref)
+    source = locate_agent(ref)
+    agent, metadata = load_local_agent(source), local_metadata(source)
     spec = agent.spec
     if llm is None and not spec.llm:
         raise typer.BadParameter(f"{ref} does not say which LLM it belongs to: give --llm")
@@ -141,7 +141,7 @@ def import_agent(
         tempfile.TemporaryDirectory() as scratch,
         TrackingRun.start(registry.uri, "imported agents", name, {"source": ref}) as run,
     ):
-        save_agent(named, Path(scratch) / "agent", metadata={"imported_from": ref})
+        save_agent(named, Path(scratch) / "agent", metadata={**metadata, "imported_from": ref})
         uri = run.log_agent(Path(scratch) / "agent")
         version = registry.register(name, uri, {"llm": spec.llm, "source": ref})
     print(f"registered models:/{name}@candidate (version {version})")

@@ -26,7 +26,12 @@ class DecodeSettings(BaseModel):
     exact: bool = Field(
         False, description="look at all candidates and re-weight: π(t_k) ∝ p_k e^{term_k}"
     )
-    temperature: float = Field(1.0, gt=0, description="of the induced distribution, for `sample`")
+    temperature: float = Field(
+        1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="of the induced distribution, for `sample`",
+    )
     seed: int = Field(0, ge=0, description="fixes what `sample` draws")
     stop: tuple[str, ...] = Field((), max_length=16, description="texts that end an answer")
     top_k: int | None = Field(None, ge=1, description="candidates kept by top-k")

@@ -143,6 +143,20 @@ def test_a_published_actor_is_imported_as_candidate(tiny_llms, tmp_path):
     assert "base_model" in (tmp_path / "out" / "README.md").read_text()
 
 
+def test_an_import_keeps_what_the_folder_says(tiny_llms, tmp_path):
+    spec = AgentSpec(hidden_size=32, head="relative", llm=str(tiny_llms["llama"]))
+    save_agent(Agent(spec), tmp_path / "agent", metadata={"run": "mine", "seed": 3})
+    run("import", str(tmp_path / "agent"), "--name", "mara-kept")
+    run("export", "models:/mara-kept@candidate", "--out", str(tmp_path / "out"))
+    _, metadata = read_agent_spec(tmp_path / "out")
+    assert metadata == {
+        "run": "mine",
+        "seed": 3,
+        "imported_from": str(tmp_path / "agent"),
+        "exported_from": "models:/mara-kept@candidate",
+    }
+
+
 def test_an_import_that_does_not_fit_is_refused(tiny_llms, tmp_path):
     published = random_actor(12, tmp_path / "x_actor.pth")
     refused = CliRunner().invoke(app, ["agents", "import", str(published)])

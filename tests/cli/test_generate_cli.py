@@ -64,7 +64,11 @@ def test_a_trace_shows_each_token(generate, agent):
     status, out, _ = generate("Hello", "--agent", agent, "--trace", "--max-new-tokens", 5)
     assert status == 0
     assert "accept a" in out
-    assert "candidates examined a token" in out
+    [(tokens, examined)] = re.findall(r"(\d+) tokens .* ([\d.]+) candidates examined a token", out)
+    rows = re.findall(r"(\d+) of (\d+)", out)
+    assert len(rows) == int(tokens)
+    assert all(1 <= int(looked) <= int(all_of_them) for looked, all_of_them in rows)
+    assert 1 <= float(examined) <= 6
 
 
 @pytest.mark.parametrize(
@@ -84,6 +88,7 @@ def test_a_trace_shows_each_token(generate, agent):
             "draws nothing; expected --rule sample",
         ),
         (("--agent", "/no/such"), 1, "'/no/such': no such file or folder"),
+        (("--base", "--llm", "{llm}", "--system", "a \udcff"), 1, "system's message is not valid"),
         (
             ("--agent", "{agent}", "--top-k", 3, "--max-new-tokens", 9),
             1,

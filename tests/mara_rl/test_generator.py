@@ -33,6 +33,17 @@ def test_raw_and_proxy_output_of_a_published_actor(tiny_llm, tmp_path) -> None:
     assert sampled[0] == sampled[1] != sampled[2]
 
 
+def test_left_out_the_length_is_what_fits(tiny_llm) -> None:
+    mara = MARAGenerator(random_agent(tiny_llm, "relative", top_k=6), tiny_llm)
+    prompt = "Hi " * 40
+    for details in (
+        mara.get_raw_output(prompt)["details"],
+        mara.get_proxy_output(prompt)["details"],
+    ):
+        room = tiny_llm.context_tokens - len(tiny_llm.prompt_ids(prompt))
+        assert details.finish_reason == "stop" or len(details.token_ids) == room
+
+
 def test_settings_that_do_not_fit_are_refused_at_once(tiny_llm, tmp_path) -> None:
     save_agent(make_agent(), tmp_path / "agent")  # hidden size 12
     with pytest.raises(DataError, match="hidden size 12; LLM"):

@@ -8,6 +8,7 @@ import gguf
 import pytest
 import sentencepiece
 import torch
+from tokenizers import AddedToken
 
 from mara_rl.decoding.text_stream import TextStream
 from mara_rl.errors import ConfigError, DataError
@@ -141,6 +142,53 @@ def test_gguf_files_that_cannot_be_read_are_named(tmp_path) -> None:
     writer.close()
     with pytest.raises(ConfigError, match=r"other\.gguf.*otherarch"):
         load_policy_llm(str(tmp_path / "other.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("model.safetensors", b"\x10", "SafetensorError"),
+        ("tokenizer.json", b"{}", "KeyError"),
+        ("config.json", b"{", "not a valid JSON file"),
+        ("chat_template.jinja", b"{% for", "chat template refuses messages of roles user: unexp"),
+        ("chat_template.jinja", b"{{ a.b.c }}", "refuses messages of roles user: 'a' is undefined"),
+    ],
+)
+def test_damaged_files_are_one_line(folder, file, content, message) -> None:
+    (folder / file).write_bytes(content)
+    with pytest.raises(ConfigError, match=message) as caught:
+        load_policy_llm(str(folder), dtype="float32")
+    assert "\n" not in str(caught.value)
+
+
+def test_every_token_that_ends_a_turn_ends_an_answer(folder) -> None:
+    llm = load_policy_llm(str(folder), dtype="float32")
+    assert llm.eos_ids == {2}
+    turns = "{% for m in messages %}{{ m['content'] }}<|turn|>{% endfor %}"
+    llm.tokenizer.add_tokens(AddedToken("<|turn|>", special=True))
+    llm.tokenizer.chat_template = turns
+    llm.tokenizer.save_pretrained(folder)
+    generation = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(
+        json.dumps({**generation, "eos_token_id": [2, 7]})
+    )
+    llm = load_policy_llm(str(folder), dtype="float32")
+    turn = llm.tokenizer.convert_tokens_to_ids("<|turn|>")
+    assert llm.eos_ids == {2, 7, turn}
+
+
+def test_a_template_without_assistant_turns_is_taken(folder) -> None:
+    refuses = "{% if m['role'] == 'assistant' %}{{ raise_exception('none') }}{% endif %}"
+    llm = with_template(
+        folder, "{% for m in messages %}" + refuses + "{{ m['content'] }}{% endfor %}"
+    )
+    assert llm.eos_ids == {2}
+    assert llm.prompt_ids("Hi") == ids_of(llm, "Hi")
+
+
+def test_half_a_character_is_no_prompt(smollm2) -> None:
+    with pytest.raises(ConfigError, match="the user's message is not valid text at character 2"):
+        smollm2.prompt_ids("a \udcff")
 
 
 @pytest.mark.parametrize("name", ["nowhere", "/no/such/folder", "some/llm"])

@@ -1,6 +1,7 @@
 """Published ``.pth`` actors: read as published, never run; written where that is what they are."""
 
 import os
+import random
 import zipfile
 
 import pytest
@@ -63,10 +64,49 @@ def test_a_truncated_published_file_is_refused(published):
         load_published_actor(published)
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+def test_whatever_is_cut_off_or_flipped_is_one_line(tmp_path, zipped):
+    path = tmp_path / "actor.pth"
+    torch.save({"ln.weight": torch.ones(4)}, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    draw = random.Random(0)
+    broken = [whole[:length] for length in range(0, len(whole), 7)]
+    for _ in range(300):
+        flipped = bytearray(whole)
+        flipped[draw.randrange(len(whole))] = draw.randrange(256)
+        broken.append(bytes(flipped))
+    for content in broken:
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"actor\.pth") as caught:  # never a whole actor
+            load_published_actor(path)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "weight",
+    [
+        torch.zeros(0),
+        torch.zeros(SIZE, dtype=torch.long),
+        torch.zeros(SIZE).to_sparse(),
+        torch.zeros(SIZE, device="meta"),
+        torch.ones(SIZE).to(torch.float8_e4m3fn),
+        torch.full((SIZE,), torch.nan),
+    ],
+)
+def test_weights_that_are_no_plain_floats_are_refused(tmp_path, weight):
+    path = tmp_path / "actor.pth"
+    torch.save({**make_agent("paper").network.state_dict(), "ln.weight": weight}, path)
+    with pytest.raises(DataError, match=r"ln\.weight"):
+        load_published_actor(path)
+
+
 def test_other_contents_of_a_published_file_are_named(tmp_path):
     path = tmp_path / "actor.pth"
     torch.save({"model.weight": torch.zeros(2)}, path)
     with pytest.raises(DataError, match=r"no vector 'ln\.weight'.*model\.weight"):
+        load_published_actor(path)
+    torch.save({"ln.weight": torch.zeros(2), 7: torch.zeros(1)}, path)
+    with pytest.raises(DataError, match="does not hold named tensors"):
         load_published_actor(path)
     torch.save([torch.zeros(2)], path)
     with pytest.raises(DataError, match="does not hold named tensors"):

@@ -1,11 +1,53 @@
 """The slot engine against plain forwards without a cache, one sequence at a time."""
 
-import torch
+from collections.abc import Callable
+from typing import Any
 
+import pytest
+import torch
+import transformers
+from tiny_llms import SIZES, WINDOW
+
+from mara_rl.errors import ConfigError
 from mara_rl.policy_llm import PolicyLLM
 from mara_rl.slot_engine import SlotEngine
 
 TOLERANCE = 2e-5
+GPT = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 32}
+SPARSE = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 16}
+OTHER_FAMILIES: dict[str, Callable[[], Any]] = {
+    "Cohere": lambda: transformers.CohereConfig(**SIZES),
+    "Gemma3": lambda: transformers.Gemma3TextConfig(head_dim=8, sliding_window=WINDOW, **SIZES),
+    "GPT2": lambda: transformers.GPT2Config(initializer_range=0.4, **GPT),
+    "GPTNeoX": lambda: transformers.GPTNeoXConfig(initializer_range=0.4, **GPT),
+    "Granite": lambda: transformers.GraniteConfig(logits_scaling=8.0, **SIZES),
+    "OLMo2": lambda: transformers.Olmo2Config(**SIZES),
+    "Phi3": lambda: transformers.Phi3Config(sliding_window=WINDOW, **SIZES),
+    "Qwen3MoE": lambda: transformers.Qwen3MoeConfig(head_dim=8, **SPARSE, **SIZES),
+    "SmolLM3": lambda: transformers.SmolLM3Config(**SIZES),
+}
+UNSUPPORTED: dict[str, tuple[Callable[[], Any], str]] = {
+    "gpt-oss": (
+        lambda: transformers.GptOssConfig(
+            head_dim=8, num_local_experts=2, num_experts_per_tok=1, sliding_window=WINDOW, **SIZES
+        ),
+        "GptOssForCausalLM is not supported: attention sinks",
+    ),
+    "StableLM": (
+        lambda: transformers.StableLmConfig(**SIZES),
+        "StableLmForCausalLM is not supported: TypeError",
+    ),
+    "Mamba": (
+        lambda: transformers.MambaConfig(hidden_size=32, num_hidden_layers=2),
+        "MambaForCausalLM is not supported: its config has no max_position_embeddings",
+    ),
+}
+
+
+def random_llm(config: Any, tokenizer: Any) -> PolicyLLM:
+    config.vocab_size = 99
+    torch.manual_seed(0)
+    return PolicyLLM("tiny", transformers.AutoModelForCausalLM.from_config(config), tokenizer)
 
 
 def plain_state(llm: PolicyLLM, tokens: list[int]) -> torch.Tensor:
@@ -68,6 +110,45 @@ def test_logits_are_the_llms(any_llm: PolicyLLM) -> None:
     with torch.inference_mode():
         expected = any_llm.model(torch.tensor([tokens])).logits[:, -1]
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILIES)
+def test_families_that_nobody_named_are_decoded_right(tiny_llm: PolicyLLM, family: str) -> None:
+    llm = random_llm(OTHER_FAMILIES[family](), tiny_llm.tokenizer)
+    tokens = random_tokens(25)
+    engine = SlotEngine(llm, 1)
+    engine.prefill([0], [tokens[:-1]])
+    looked = torch.tensor([5, tokens[-1], 6])
+    logits = engine.logits(
+        engine.look(torch.tensor([0]), torch.tensor([3]), looked, torch.zeros(1).long())
+    )
+    with torch.inference_mode():
+        expected = llm.model(torch.tensor([tokens])).logits[0, -1]
+    torch.testing.assert_close(logits[1], expected, rtol=1e-4, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("family", UNSUPPORTED)
+def test_what_would_be_decoded_wrong_is_refused(tiny_llm: PolicyLLM, family: str) -> None:
+    config, message = UNSUPPORTED[family]
+    for _ in range(2):  # it stays refused
+        with pytest.raises(ConfigError, match=f"llm 'tiny': architecture {message}"):
+            SlotEngine(random_llm(config(), tiny_llm.tokenizer), 1)
+
+
+def test_an_llm_whose_logits_are_not_known_is_refused(
+    tiny_llm: PolicyLLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = random_llm(transformers.LlamaConfig(**SIZES), tiny_llm.tokenizer)
+    forward = type(llm.model).forward
+
+    def scaled(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = forward(self, *args, **kwargs)
+        output.logits = output.logits * 0.5
+        return output
+
+    monkeypatch.setattr(type(llm.model), "forward", scaled)
+    with pytest.raises(ConfigError, match=r"decoding in slots is .* nats from the LLM's own"):
+        SlotEngine(llm, 1)
 
 
 def test_token_counts(any_llm: PolicyLLM) -> None:

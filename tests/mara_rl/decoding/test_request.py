@@ -25,6 +25,7 @@ def request(llm: PolicyLLM, *agents: Agent, prompt: str = "Hi", **more: object) 
     [
         ({"max_new_tokens": 0}, "max_new_tokens: .*greater than or equal to 1, not 0"),
         ({"temperature": 0}, "temperature: .*greater than 0"),
+        ({"temperature": float("inf")}, "temperature: .*finite"),
         ({"top_p": 1.5}, "top_p: .*less than or equal to 1"),
         ({"rule": "best"}, "rule: .*not 'best'"),
         ({"seed": -1}, "seed"),
