@@ -5,11 +5,12 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 import requests
 import yaml
@@ -143,33 +144,50 @@ def test_a_run_that_is_done_ends_at_once_when_submitted_again(
     assert time.monotonic() - began < 60
 
 
-def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(
+def test_a_job_that_is_stopped_or_killed_goes_on_when_submitted_again(
     cluster: LocalCluster, trained: str
 ) -> None:
-    (home(cluster) / RUN / "outcome.json").unlink()  # as if it had died before its end
-    again = cluster.run(SUBMIT, RUN, "deploy/smoke.yaml")
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert f"resumed {RUN} at iteration 1" in again.stdout
-    assert "registered before: models:/mara-smoke/1" in again.stdout
+    def submit(number: int) -> None:
+        command = ["ray", "job", "submit", "--no-wait", "--submission-id", f"cut-{number}"]
+        command += ["--metadata-json", '{"run": "cut"}']
+        command += ["--runtime-env", "deploy/runtime_env.yaml", "--working-dir", "."]
+        command += ["--", "mara-rl", "train", "deploy/smoke.yaml", "--run", "cut"]
+        command += ["--set", "ppo.iterations=500", "--set", "checkpoint.every_iterations=500"]
+        submitted = cluster.run(*command)
+        assert submitted.returncode == 0, submitted.stdout + submitted.stderr
 
+    def log(number: int) -> str:
+        return cluster.run("ray", "job", "logs", f"cut-{number}").stdout
 
-def test_a_job_that_is_stopped_saves_itself(cluster: LocalCluster, trained: str) -> None:
-    command = ["ray", "job", "submit", "--no-wait", "--submission-id", "stopped-1"]
-    command += ["--runtime-env", "deploy/runtime_env.yaml", "--working-dir", "."]
-    command += ["--", "mara-rl", "train", "deploy/smoke.yaml", "--run", "stopped"]
-    command += ["--set", "ppo.iterations=500", "--set", "checkpoint.every_iterations=500"]
-    submitted = cluster.run(*command)
-    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-    deadline = time.monotonic() + 300
-    while not (status_of(cluster, "stopped")["tracking"] or {}).get("iteration"):
-        assert time.monotonic() < deadline, cluster.run("ray", "job", "logs", "stopped-1").stdout
-    assert cluster.run("ray", "job", "stop", "stopped-1").returncode == 0
-    log = cluster.run("ray", "job", "logs", "stopped-1").stdout
-    assert "interrupted: continue with `mara-rl train --resume stopped`" in log
-    status = status_of(cluster, "stopped")
+    def until(happened: Callable[[], object], number: int) -> None:
+        deadline = time.monotonic() + 300
+        while not happened():
+            assert time.monotonic() < deadline, log(number)
+
+    submit(1)
+    until(lambda: (status_of(cluster, "cut")["tracking"] or {}).get("iteration"), 1)
+    assert cluster.run("ray", "job", "stop", "cut-1").returncode == 0
+    assert "interrupted: continue with `mara-rl train --resume cut`" in log(1)
+    status = status_of(cluster, "cut")
     assert status["state"] == "stopped"
-    assert status["checkpoint"]["iteration"] >= 1, "which is not one of every 500"
+    saved = status["checkpoint"]["iteration"]
+    assert saved >= 1, "which is not one of every 500"
     assert status["ray"]["services"] == {}
+
+    submit(2)
+    until(lambda: f"resumed cut at iteration {saved}" in log(2), 2)
+    for process in psutil.process_iter(["cmdline"]):
+        if process.info["cmdline"][-8:-4] == ["train", "deploy/smoke.yaml", "--run", "cut"]:
+            process.kill()
+    until(lambda: status_of(cluster, "cut")["ray"]["jobs"][0]["status"] == "FAILED", 2)
+
+    submit(3)
+    until(lambda: f"resumed cut at iteration {saved}" in log(3), 3)
+    assert cluster.run("ray", "job", "stop", "cut-3").returncode == 0
+    status = status_of(cluster, "cut")
+    assert [job["status"] for job in status["ray"]["jobs"]] == ["STOPPED", "FAILED", "STOPPED"]
+    assert status["checkpoint"]["iteration"] >= saved
+    assert status["ray"]["services"] == {}, "those of the killed driver went too"
 
 
 def test_the_agent_is_served(cluster: LocalCluster, trained: str, tmp_path: Path) -> None:
