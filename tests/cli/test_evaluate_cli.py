@@ -26,7 +26,6 @@ from mara_rl.evaluation import judging
 from mara_rl.evaluation.console import warnings
 from mara_rl.evaluation.plots import frontier_points
 from mara_rl.policy_llm import load_policy_llm
-from mara_rl.score_models.loading import load_score_model
 from mara_rl.tracking.registry import AgentRegistry
 from mara_rl.tracking.run import TrackingRun
 from mara_rl.tracking.store import tracking_uri
@@ -430,13 +429,12 @@ def test_judges_may_be_services_behind_urls(evaluate, made, tmp_path, monkeypatc
     monkeypatch.setenv("MARA_SCORE_KEY", key)
     with contextlib.ExitStack() as stack:
         urls = []
-        for axis in ("reward", "cost"):
-            model = load_score_model(made[axis])
+        for sign in (1.0, -1.0):
 
-            async def score(pairs, model=model):
-                return model.score(pairs)
+            async def score(pairs, sign=sign):
+                return [sign * (len(prompt) + len(answer)) for prompt, answer in pairs]
 
-            api = create_score_api(score, made[axis], ApiKeys([key]))
+            api = create_score_api(score, "lengths", ApiKeys([key]))
             urls.append(stack.enter_context(serving(api)))
         judges = {
             "tiny": {"reward": made["reward"], "cost": made["cost"]},
@@ -448,8 +446,14 @@ def test_judges_may_be_services_behind_urls(evaluate, made, tmp_path, monkeypatc
         arguments = [plan, *common(made)[:at], *common(made)[at + 2 :], "--methods", "base,agent"]
         status, _, err = evaluate(*arguments, "--out", tmp_path / "out")
         assert status == 0, err
+        lengths = {
+            (method, row["id"]): len(f"Question {row['id'][1:]}?") + len(row["text"])
+            for method in ("base", "agent")
+            for row in read_rows(tmp_path / "out" / "answers" / f"{method}.jsonl")
+        }
         for row in read_rows(tmp_path / "out" / "scores.jsonl"):
-            assert row["scores"]["served"] == pytest.approx(row["scores"]["tiny"], abs=1e-4)
+            length = lengths[row["method"], row["id"]]
+            assert row["scores"]["served"] == {"reward": length, "cost": -length}
         monkeypatch.delenv("MARA_SCORE_KEY")
         status, _, err = evaluate(*arguments, "--out", tmp_path / "two")
         assert status == 1
