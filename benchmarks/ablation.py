@@ -31,23 +31,13 @@ AXES = ("both", "helpful", "harmless")
 
 def run(sets: Sequence[str], home: Path) -> Path:
     """Train and evaluate the quickstart with these settings, or go on with it; its folder."""
-    folder = home / RUN
-    if not (folder / "outcome.json").exists():
-        sets = [*sets, "ppo.minutes=null"]
-        subprocess.run(
-            [
-                str(Path(sys.executable).with_name("mara-rl")),
-                "train",
-                "quickstart",
-                "--run",
-                RUN,
-                *(a for s in sets for a in ("--set", s)),
-            ],
-            env={**os.environ, "MARA_HOME": str(home)},
-            stdout=sys.stderr,
-            check=True,
-        )
-    return folder
+    command = [str(Path(sys.executable).with_name("mara-rl")), "train", "quickstart", "--run", RUN]
+    for setting in [*sets, "ppo.minutes=null"]:
+        command += ["--set", setting]
+    subprocess.run(
+        command, env={**os.environ, "MARA_HOME": str(home)}, stdout=sys.stderr, check=True
+    )
+    return home / RUN
 
 
 def line(variant: str, seed: int, folder: Path) -> str:

@@ -9,7 +9,7 @@ CPU cores. Run it again to go on where it stopped. Settings are tried on `tune.j
 the training file that no agent is trained on:
 
     python benchmarks/safe_rlhf.py --train … --dev results/tune.jsonl --out tried \
-        --runs both-0 --replicates 4 --set ppo.kl_coeff=0.2
+        --runs both-0 --replicates 4 --set ppo.kl_coeff=0.2 --set ppo.iterations=8
 """
 
 import argparse
@@ -27,6 +27,8 @@ from typing import Any
 import numpy as np
 import yaml
 from ablation import VARIANTS, run
+
+from mara_rl.atomic_write import write_atomically
 
 TRAIN_PROMPTS, TUNE_PROMPTS = 576, 200  # as many as the packaged ones
 RUNS = {
@@ -107,7 +109,7 @@ def looks(out: Path, settings: dict[str, Any]) -> int:
     seen = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
     sha256 = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     if sha256 not in seen:
-        file.write_text(json.dumps([*seen, sha256]), encoding="utf-8")
+        write_atomically(file, json.dumps([*seen, sha256]))
     return len({*seen, sha256})
 
 
@@ -121,7 +123,7 @@ def clocked(out: Path, what: str) -> Iterator[None]:
     finally:
         spent = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
         spent[what] = spent.get(what, 0.0) + time.monotonic() - began_s
-        file.write_text(json.dumps(spent), encoding="utf-8")
+        write_atomically(file, json.dumps(spent))
 
 
 def interval(value: dict[str, Any], key: str = "value", digits: int = 2) -> str:
@@ -140,7 +142,8 @@ def table(summary: dict[str, Any], baseline: str, forwards: dict[str, int]) -> s
         cells = [name, f"{forwards[name]:,}" if name in forwards else "–"]
         for judge in judges:
             found = summary["pairwise"][judge][name].get(baseline)
-            cells += [interval(found, "rate", 1), interval(found["weighted"])] if found else "––"
+            both = interval(found, "rate", 1) if found else "–"
+            cells += [both, interval(found["weighted"]) if found else "–"]
         for key, digits in (("kl_per_token", 3), ("forwards_per_token", 2), ("tokens_per_s", 0)):
             value = method["decoding"].get(key)
             cells.append("–" if value is None else f"{value:.{digits}f}")
@@ -171,19 +174,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
     parser.add_argument("--replicates", type=int, default=16, help="samples of the LLM a prompt")
-    parser.add_argument("--set", nargs="+", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
     arguments = parser.parse_args()
     out = arguments.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
     train, tune = split(arguments.train, out)
     agents, forwards = trained(arguments.runs, arguments.overrides, train, tune, out)
     settings = plan(agents, arguments.dev.absolute(), train, arguments.replicates)
+    looked = looks(out, settings)
     with clocked(out, "evaluation"):
         summary = compare(settings, out)
     for file in (arguments.train, arguments.dev):
         print(f"{file.name}: sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}")
     seconds = json.loads((out / "seconds.json").read_text(encoding="utf-8"))
-    print(f"evaluations on {arguments.dev.name}: {looks(out, settings)}")
+    print(f"looks at {arguments.dev.name} from here: {looked}")
     parts = ", ".join(f"{name} {spent / 60:.0f}" for name, spent in seconds.items())
     total_h = sum(seconds.values()) / 3600
     print(f"minutes: {parts}; {total_h:.1f} hours on {os.cpu_count()} cores in all")

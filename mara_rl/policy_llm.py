@@ -48,6 +48,10 @@ class PolicyLLM:
                 f"llm {name!r}: architecture {type(model).__name__} is not supported: its config "
                 "has no max_position_embeddings"
             )
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":
+            # Its frequencies change at this length, for all sequences of a forward at once.
+            context_tokens = min(context_tokens, rope["original_max_position_embeddings"])
         self.context_tokens: int = context_tokens
         self.eos_ids = _eos_ids(model, tokenizer)
 
@@ -84,7 +88,7 @@ class PolicyLLM:
             return self.tokenizer.apply_chat_template(
                 list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
             roles = ", ".join(message["role"] for message in messages)
             raise ConfigError(
                 f"llm {self.name!r}: its chat template refuses messages of roles {roles}: {error}"
@@ -129,7 +133,7 @@ def load_policy_llm(
     placed: Any = model
     llm = PolicyLLM(name, placed.to(device), tokenizer)
     if chat:
-        llm.prompt_ids("x")  # a template that renders nothing is told of now
+        llm.prompt_ids("x")  # a broken template is told of now
     if pack:
         pack_linears(llm.model)
     return llm
@@ -238,7 +242,9 @@ def _end_of_turn(tokenizer: Any) -> int | None:
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": mark}]
     try:
         rendered = tokenizer.apply_chat_template(turns, tokenize=False)
-    except TemplateError:  # one that knows no assistant turns says nothing of their end
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError):
+        return None  # a template that knows no assistant turns says nothing of their end
+    if mark not in rendered:
         return None
     after = tokenizer(rendered.rpartition(mark)[2].lstrip(), add_special_tokens=False)["input_ids"]
     special = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}

@@ -41,9 +41,7 @@ def load_published_actor(path: Path) -> Agent:
         raise DataError(f"{path} does not hold named tensors; expected an actor's state dict")
     for key, t in state.items():
         if t.dtype not in _DTYPES or t.layout != torch.strided or t.is_meta or t.is_nested:
-            raise DataError(
-                f"{path}: weight {key!r} is {t.dtype}, {t.layout}; expected plain floats"
-            )
+            raise DataError(f"{path}: weight {key!r} is not a dense tensor of floats")
     norm = state.get("ln.weight")
     if norm is None or norm.ndim != 1 or not len(norm):
         keys = ", ".join(sorted(map(str, state))[:4]) or "none"

@@ -142,8 +142,10 @@ class SlotEngine:
         """Next-token logits (R, V), float32, after tokens with hidden states (R, H)."""
         logits = self.llm.model.get_output_embeddings()(hidden).float()
         config = self.llm.model.config.get_text_config()
-        logits *= getattr(config, "logit_scale", None) or 1.0  # Cohere
-        logits /= getattr(config, "logits_scaling", None) or 1.0  # Granite
+        if scale := getattr(config, "logit_scale", None):  # Cohere
+            logits *= scale
+        if scale := getattr(config, "logits_scaling", None):  # Granite
+            logits /= scale
         cap = getattr(config, "final_logit_softcapping", None)
         return torch.tanh(logits / cap) * cap if cap else logits
 
@@ -224,6 +226,8 @@ def _probe(llm: PolicyLLM) -> None:
             torch.tensor([0]), torch.tensor([2]), torch.tensor([0, tokens[-1]]), torch.tensor([0])
         )
         found = engine.logits(hidden[1:])[0]
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # architectures differ in whatever they lack
         reason = first_line(error)
         if not isinstance(error, ConfigError):
@@ -231,9 +235,10 @@ def _probe(llm: PolicyLLM) -> None:
         raise ConfigError(
             f"llm {llm.name!r}: architecture {architecture} is not supported: {reason}"
         ) from error
-    expected, found = expected.log_softmax(-1), found.log_softmax(-1)
+    known = expected.isfinite()  # an LLM may rule tokens out
+    expected, found = expected.log_softmax(-1)[known], found.log_softmax(-1)[known]
     kl = float((expected.exp() * (expected - found)).sum())
-    if not kl <= _MAX_PROBE_KL[llm.model.dtype] and bool(expected.isfinite().all()):
+    if len(expected) and not kl <= _MAX_PROBE_KL[llm.model.dtype]:
         raise ConfigError(
             f"llm {llm.name!r}: architecture {architecture} is not supported: decoding in slots "
             f"is {kl:.2g} nats from the LLM's own forward"

@@ -37,10 +37,10 @@ def warnings(figures: Mapping[str, Any]) -> list[str]:
         )
     for name, method in figures["methods"].items():
         share = method["answers"]["refusal_share"]
-        if share > BROKEN_SHARE and "ordinary" not in method["answers"]["by_kind"]:
+        if share > BROKEN_SHARE and not method["answers"]["by_kind"]:
             lines.append(
-                f"{name} refuses {share:.0%}; no prompt is of kind ordinary, so whether it should "
-                "is not known"
+                f"{name} refuses {share:.0%}; the prompts have no kind, so whether it should is "
+                "not known"
             )
     if prompts["n"] < 30:
         lines.append(f"{prompts['n']} prompts are too few to conclude anything from")

@@ -23,9 +23,10 @@ def test_a_reward_replica_dies_in_mid_call(chaos, deadline_s: float) -> None:
     run.processes(REPLICA.format("reward"))[0].kill()
     took_s = chaos.recovered(run, at)
     output = chaos.end(run, f"the reward replica killed (deadline_s: {deadline_s})", took_s)
-    assert "score 'reward' from app 'reward' is asked for again: " in output
     assert ("score 'reward' from app 'reward': " in output) == (deadline_s == 2)
-    assert sum(value for _, value, _ in metric_history(chaos.home, "rollout/scoring_retries")) > 0
+    retries = sum(value for _, value, _ in metric_history(chaos.home, "rollout/scoring_retries"))
+    assert (retries > 0) == ("score 'reward' from app 'reward' is asked for again: " in output)
+    assert retries > 0 or deadline_s == 60, "a call was on its way"
     assert [letter["prompt"] for letter in chaos.queue().dead_letters()] in (["p3"], [])
 
 

@@ -469,8 +469,8 @@ def test_refusals_nobody_can_judge_are_told():
             "methods": {"agent": {"answers": {"refusal_share": share, "by_kind": kinds}}},
         }
 
-    assert warnings(figures(0.3, {})) == warnings(figures(0.4, {"ordinary": {}})) == []
-    assert warnings(figures(0.4, {}))[0].startswith("agent refuses 40%; no prompt is of kind")
+    assert warnings(figures(0.3, {})) == warnings(figures(0.4, {"harmful": {}})) == []
+    assert warnings(figures(0.4, {}))[0].startswith("agent refuses 40%; the prompts have no kind")
 
 
 def test_prompts_seen_in_training_are_told_or_dropped(evaluate, made, tmp_path):

@@ -177,7 +177,7 @@ def test_a_job_that_is_stopped_or_killed_goes_on_when_submitted_again(
     submit(2)
     until(lambda: f"resumed cut at iteration {saved}" in log(2), 2)
     for process in psutil.process_iter(["cmdline"]):
-        if process.info["cmdline"][-8:-4] == ["train", "deploy/smoke.yaml", "--run", "cut"]:
+        if (process.info["cmdline"] or [])[-8:-4] == ["train", "deploy/smoke.yaml", "--run", "cut"]:
             process.kill()
     until(lambda: status_of(cluster, "cut")["ray"]["jobs"][0]["status"] == "FAILED", 2)
 

@@ -127,6 +127,17 @@ def test_families_that_nobody_named_are_decoded_right(tiny_llm: PolicyLLM, famil
     torch.testing.assert_close(logits[1], expected, rtol=1e-4, atol=TOLERANCE)
 
 
+def test_a_context_ends_where_the_frequencies_of_longrope_would_change(tiny_llm) -> None:
+    factors = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
+    config = transformers.Phi3Config(
+        rope_parameters=rope, original_max_position_embeddings=64, **SIZES
+    )
+    llm = random_llm(config, tiny_llm.tokenizer)
+    assert llm.context_tokens == 64
+    SlotEngine(llm, 1)
+
+
 @pytest.mark.parametrize("family", UNSUPPORTED)
 def test_what_would_be_decoded_wrong_is_refused(tiny_llm: PolicyLLM, family: str) -> None:
     config, message = UNSUPPORTED[family]

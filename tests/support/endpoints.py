@@ -112,14 +112,15 @@ def running_endpoint(
 @contextlib.contextmanager
 def serving(app: ASGIApp) -> Iterator[str]:
     """The URL of an ASGI application on a loopback port."""
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    # Its own logging would keep the stream that a test captures.
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_config=None))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
     try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
         yield f"http://127.0.0.1:{port}"
     finally:
         server.should_exit = True
