@@ -26,7 +26,6 @@ def test_a_reward_replica_dies_in_mid_call(chaos, deadline_s: float) -> None:
     assert ("score 'reward' from app 'reward': " in output) == (deadline_s == 2)
     retries = sum(value for _, value, _ in metric_history(chaos.home, "rollout/scoring_retries"))
     assert (retries > 0) == ("score 'reward' from app 'reward' is asked for again: " in output)
-    assert retries > 0 or deadline_s == 60, "a call was on its way"
     assert [letter["prompt"] for letter in chaos.queue().dead_letters()] in (["p3"], [])
 
 
