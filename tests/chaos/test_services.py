@@ -13,10 +13,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 @pytest.mark.parametrize("deadline_s", [60, 2])
 def test_a_reward_replica_dies_in_mid_call(chaos, deadline_s: float) -> None:
-    """With a short deadline the answers of that time are dropped, counted, and asked for again.
-
-    With a long one the call is repeated; either way the log says why and the metrics count it.
-    """
+    """With a short deadline the answers of that time are dropped, counted, and asked for again."""
     run = chaos.start(scoring={"deadline_s": deadline_s})
     run.until_iteration(3)
     at = time.time()
@@ -24,8 +21,6 @@ def test_a_reward_replica_dies_in_mid_call(chaos, deadline_s: float) -> None:
     took_s = chaos.recovered(run, at)
     output = chaos.end(run, f"the reward replica killed (deadline_s: {deadline_s})", took_s)
     assert ("score 'reward' from app 'reward': " in output) == (deadline_s == 2)
-    retries = sum(value for _, value, _ in metric_history(chaos.home, "rollout/scoring_retries"))
-    assert (retries > 0) == ("score 'reward' from app 'reward' is asked for again: " in output)
     assert [letter["prompt"] for letter in chaos.queue().dead_letters()] in (["p3"], [])
 
 
