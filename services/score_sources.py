@@ -130,17 +130,14 @@ class UrlScores:
         return response
 
 
-def hosted_model(url: str) -> str:
-    """The model that the score service at ``url`` hosts. Raises ConfigError if it does not say."""
-    try:
-        return UrlScores(url).model()
-    except MaraError as error:
-        raise ConfigError(f"score service {url}: {error}; expected one that runs") from error
-
-
 def check_url(url: str, model: str) -> None:
     """Raise ConfigError unless the score service at ``url`` lets us in and hosts ``model``."""
-    hosted = hosted_model(url)
+    try:
+        hosted = UrlScores(url).model()
+    except RetryableError as error:
+        raise ConfigError(
+            f"score service {url}: {error}; expected one that runs and hosts {model!r}"
+        ) from error
     if hosted != model:
         raise ConfigError(f"score service {url} hosts {hosted!r}, not {model!r}")
 

@@ -73,9 +73,12 @@ def _source(name: str, axis: str, judge: Judge) -> ScoreSource:
 
 def _served_source(judge: str, axis: str, service: str) -> ScoreSource:
     if is_url(service):
-        from services.score_sources import hosted_model
+        from services.score_sources import UrlScores
 
-        identity = f"{service} {hosted_model(service)}"
+        try:
+            identity = f"{service} {UrlScores(service).model()}"
+        except MaraError as error:
+            raise ConfigError(f"judges.{judge}.{axis}: score service {service}: {error}") from error
         return ScoreSource(judge, axis, service, None, identity, "")
     from services.score_service import deployed_score
 

@@ -195,9 +195,9 @@ def _queue(config: TrainConfig, run: str, run_id: str) -> QueueStatus | None:
 
 
 def _hosted_model(url: str) -> str:
-    from services.score_sources import hosted_model  # imports Ray
+    from services.score_sources import UrlScores  # imports Ray
 
-    return hosted_model(url)
+    return UrlScores(url).model()
 
 
 def _ray(config: TrainConfig, run: str) -> RayStatus:

@@ -20,7 +20,8 @@ def test_a_reward_replica_dies_in_mid_call(chaos, deadline_s: float) -> None:
     run.processes(REPLICA.format("reward"))[0].kill()
     took_s = chaos.recovered(run, at)
     output = chaos.end(run, f"the reward replica killed (deadline_s: {deadline_s})", took_s)
-    assert ("score 'reward' from app 'reward': " in output) == (deadline_s == 2)
+    told = "score 'reward' from app 'reward'" in output
+    assert told == (deadline_s == 2)
     assert [letter["prompt"] for letter in chaos.queue().dead_letters()] in (["p3"], [])
 
 
@@ -70,5 +71,5 @@ def test_mlflow_is_away_for_a_minute(chaos, mlflow_server: MLflowServer) -> None
     output = chaos.end(run, "MLflow killed, back after 60 s", took_s)
     assert "metrics are kept in memory for now" in output
     away = [ended for step, ended in iterations(chaos.home) if step > before]
-    assert min(away) - at < 60, "training went on meanwhile"
+    assert min(away) - at < 10, "training went on meanwhile"
     assert metric_history(chaos.home, "faults/resumes")[-1][1] == 0

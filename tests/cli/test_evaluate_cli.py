@@ -457,6 +457,7 @@ def test_judges_may_be_services_behind_urls(evaluate, made, tmp_path, monkeypatc
         monkeypatch.delenv("MARA_SCORE_KEY")
         status, _, err = evaluate(*arguments, "--out", tmp_path / "two")
         assert status == 1
+        assert "judges.served.reward: score service http" in err
         assert "MARA_SCORE_KEY is not set" in err
 
 

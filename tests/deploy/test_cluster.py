@@ -144,6 +144,16 @@ def test_a_run_that_is_done_ends_at_once_when_submitted_again(
     assert time.monotonic() - began < 60
 
 
+def test_a_run_that_was_cut_off_goes_on_from_its_checkpoint(
+    cluster: LocalCluster, trained: str
+) -> None:
+    (home(cluster) / RUN / "outcome.json").unlink()  # as if it had died before its end
+    again = cluster.run(SUBMIT, RUN, "deploy/smoke.yaml")
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert f"resumed {RUN} at iteration 1" in again.stdout
+    assert "registered before: models:/mara-smoke/1" in again.stdout
+
+
 def test_a_job_that_is_stopped_or_killed_goes_on_when_submitted_again(
     cluster: LocalCluster, trained: str
 ) -> None:

@@ -173,7 +173,7 @@ def test_a_url_has_to_lead_to_the_model_that_is_meant(url: str) -> None:
     check_url(url, "lengths")
     with pytest.raises(ConfigError, match="hosts 'lengths', not 'another'"):
         check_url(url, "another")
-    with pytest.raises(ConfigError, match=r"elsewhere: status 404; expected one that runs"):
+    with pytest.raises(ConfigError, match=r"elsewhere: status 404; expected one that runs and"):
         check_url(f"{url}/elsewhere", "lengths")
     with pytest.raises(ConfigError, match="'http://a:b' is no URL"):
         check_url("http://a:b", "lengths")
