@@ -1,5 +1,6 @@
 """One replica of the endpoint: a backend that loads, answers, and may break."""
 
+import asyncio
 import logging
 import threading
 from collections.abc import Callable
@@ -11,6 +12,8 @@ from services.decode_plan import ApiLimits, Backend
 from services.endpoint_metrics import EndpointMetrics
 
 logger = logging.getLogger(__name__)
+
+_POLL_S = 0.1
 
 
 class Endpoint:
@@ -30,13 +33,19 @@ class Endpoint:
         *,
         replica: str = "",
         log_text: bool = False,
+        others_loaded: Callable[[], bool] = lambda: False,
     ) -> None:
-        """``make_backend`` loads the LLM and starts its decode loop; called once, by `load`."""
+        """
+        Args:
+            make_backend: loads the LLM and starts its decode loop; called once, by `load`.
+            others_loaded: whether other replicas can answer by now; may block.
+        """
         self.keys = keys
         self.limits = limits
         self.metrics = EndpointMetrics(replica)
         self.log_text = log_text
         self._make_backend = make_backend
+        self._others_loaded = others_loaded
         self._backend: Backend | None = None
         self._failure: str | None = None
 
@@ -64,6 +73,13 @@ class Endpoint:
             raise ApiError(503, "the LLM is loading; try again shortly", code="loading")
         return self._backend
 
+    async def settled_backend(self) -> Backend:
+        """`backend`, waited for if others have loaded: beside them a 503 would be a surprise."""
+        if self._loading and await asyncio.to_thread(self._others_loaded):
+            while self._loading:
+                await asyncio.sleep(_POLL_S)
+        return self.backend()
+
     def check(self) -> None:
         """Raise RuntimeError when this replica is broken and should be replaced."""
         if self._failure is not None:
@@ -76,6 +92,10 @@ class Endpoint:
         if self._backend is not None:
             self._backend.loop.stop()
             self._backend.catalog.close()
+
+    @property
+    def _loading(self) -> bool:
+        return self._backend is None and self._failure is None
 
     def _load_and_log(self) -> None:
         try:

@@ -60,7 +60,7 @@ def _add_answers(api: FastAPI, endpoint: Endpoint) -> None:
         body: ChatRequest | CompletionRequest,
         form: type[AnswerFormat],
     ) -> Response:
-        backend, record = endpoint.backend(), RequestRecord.of(request)
+        backend, record = await endpoint.settled_backend(), RequestRecord.of(request)
         record.note(model=body.model, stream=bool(body.stream), user=body.user)
         planned = await plan(body, backend, endpoint.limits)
         shape = form(body.model, planned.version, backend.report, body.num_top_logprobs)
@@ -94,7 +94,7 @@ def _add_models(api: FastAPI, endpoint: Endpoint) -> None:
     @api.get("/v1/models", responses=_ERRORS)
     async def models() -> ModelList:
         """The LLM, then agents."""
-        backend = endpoint.backend()
+        backend = await endpoint.settled_backend()
         cards = [
             ModelCard(id=name, created=found.created, root=found.version, kind="agent")
             for name, found in backend.catalog.names()
@@ -104,7 +104,7 @@ def _add_models(api: FastAPI, endpoint: Endpoint) -> None:
     @api.get("/v1/models/{model:path}", responses=_ERRORS)
     async def model(model: str) -> ModelCard:
         """One of them, or any other version of an agent."""
-        backend = endpoint.backend()
+        backend = await endpoint.settled_backend()
         if model == backend.llm_name:
             return llm_card(backend)
         found = await find_agent(model, backend.catalog)
@@ -122,7 +122,7 @@ def _add_operations(api: FastAPI, endpoint: Endpoint) -> None:
     @api.get("/health", responses={500: _ERROR, 503: _ERROR})
     async def health() -> Health:
         """Whether this replica can answer: 503 while it loads, 500 when it is broken."""
-        backend = endpoint.backend()
+        backend = await endpoint.settled_backend()
         scores = list(backend.scorer.names) if backend.scorer else []
         return Health(llm=backend.llm_name, scores=scores)
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from ray import serve
 from ray.serve.config import BackpressureConfig
+from ray.serve.schema import ReplicaState
 
 from mara_rl.serving.config import EndpointConfig
 from mara_rl.serving.endpoint import log_requests, make_endpoint
@@ -23,9 +24,16 @@ class AlignedLLM:
     def __init__(self, config: EndpointConfig, deployed: int) -> None:
         """``deployed``: when the application was, in seconds since 1970."""
         log_requests(config)
-        replica = serve.get_replica_context().replica_tag
-        self._endpoint = make_endpoint(config, replica=replica, deployed=deployed)
-        if config.alone:
+        context = serve.get_replica_context()
+        self._endpoint = make_endpoint(
+            config,
+            replica=context.replica_tag,
+            deployed=deployed,
+            others_loaded=lambda: _running_replicas() > 1,
+        )
+        # Ray Serve sends requests once this returns. While no replica can answer, the first one
+        # says so itself (503); all others come when they have loaded, so nobody notices them.
+        if context.rank.rank == 0 and not _running_replicas():
             self._endpoint.load_in_background()
         else:
             self._endpoint.load()
@@ -40,6 +48,13 @@ class AlignedLLM:
     def __del__(self) -> None:
         if hasattr(self, "_endpoint"):
             self._endpoint.close()
+
+
+def _running_replicas() -> int:
+    """How many replicas of the deployment that this process is part of get requests."""
+    context = serve.get_replica_context()
+    application = serve.status().applications[context.app_name]
+    return application.deployments[context.deployment].replica_states.get(ReplicaState.RUNNING, 0)
 
 
 def application(config: EndpointConfig) -> serve.Application:

@@ -55,9 +55,3 @@ class EndpointConfig(ReplicaConfig):
             return cls.model_validate(values)
         except ValidationError as error:
             raise ConfigError(f"endpoint: {first_problem(error)}") from error
-
-    @property
-    def alone(self) -> bool:
-        """Whether there is one replica only: then it answers 503 itself while it loads. Of several,
-        one gets requests only once it has loaded, so that an update goes unnoticed."""
-        return self.num_replicas == 1 and self.max_replicas is None

@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from mara_rl.errors import ConfigError
@@ -13,8 +14,16 @@ from services.endpoint import Endpoint
 from services.request_record import JsonLines
 
 
-def make_endpoint(config: EndpointConfig, *, deployed: int, replica: str = "") -> Endpoint:
+def make_endpoint(
+    config: EndpointConfig,
+    *,
+    deployed: int,
+    replica: str = "",
+    others_loaded: Callable[[], bool] = lambda: False,
+) -> Endpoint:
     """An endpoint whose backend is still to be loaded; ``deployed`` in seconds since 1970.
+
+    ``others_loaded`` says whether other replicas can answer.
 
     Raises ConfigError where it would answer without a key and that is not allowed.
     """
@@ -30,6 +39,7 @@ def make_endpoint(config: EndpointConfig, *, deployed: int, replica: str = "") -
         config.limits,
         replica=replica,
         log_text=config.log_text,
+        others_loaded=others_loaded,
     )
 
 

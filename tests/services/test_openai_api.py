@@ -543,6 +543,30 @@ def test_while_it_loads_and_when_that_fails(llm):
             endpoint.check()
 
 
+def test_beside_replicas_that_have_loaded_requests_wait_for_it(llm):
+    others, go_on = [], threading.Event()
+
+    def slow():
+        assert go_on.wait(30)
+        return make_backend(llm)
+
+    with (
+        running_endpoint(slow, others_loaded=lambda: bool(others)) as (url, _),
+        ThreadPoolExecutor() as pool,
+    ):
+        assert requests.get(f"{url}/v1/models", timeout=30).status_code == 503
+        others.append("another")
+        asked = [
+            pool.submit(requests.get, f"{url}{p}", timeout=30) for p in ("/health", "/v1/models")
+        ]
+        asked.append(pool.submit(chat, client_of(url), LLM))
+        time.sleep(0.5)
+        assert not any(answer.done() for answer in asked)
+        go_on.set()
+        assert [answer.result().status_code for answer in asked[:2]] == [200, 200]
+        assert asked[2].result().choices
+
+
 def test_when_the_decoder_breaks_requests_end_and_health_fails(llm):
     backend = make_backend(llm, slots=1, step_s=0.02)
     with running_endpoint(backend) as (url, _):

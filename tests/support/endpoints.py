@@ -87,6 +87,7 @@ def running_endpoint(
     keys: Sequence[str] = (),
     limits: ApiLimits | None = None,
     log_text: bool = False,
+    others_loaded: Callable[[], bool] = lambda: False,
 ) -> Iterator[tuple[str, Endpoint]]:
     """Its URL, and the endpoint; a backend that is a function loads in the background."""
     limits = limits or ApiLimits()
@@ -97,6 +98,7 @@ def running_endpoint(
         limits,
         replica="test",
         log_text=log_text,
+        others_loaded=others_loaded,
     )
     if later:
         endpoint.load_in_background()

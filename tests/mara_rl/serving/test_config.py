@@ -34,12 +34,6 @@ def test_bad_values_are_named(values, message):
         EndpointConfig.parse(values)
 
 
-def test_one_replica_answers_while_it_loads_several_load_first():
-    assert EndpointConfig().alone
-    assert not EndpointConfig(num_replicas=2).alone
-    assert not EndpointConfig(max_replicas=2).alone
-
-
 def test_without_keys_it_must_be_told_to_answer_anybody(monkeypatch):
     monkeypatch.delenv("MARA_API_KEY", raising=False)
     with pytest.raises(ConfigError, match="no API keys: set MARA_API_KEY or keys_file"):
