@@ -1,5 +1,6 @@
 """What every HTTP request passes: keys, limits, the log and the metrics."""
 
+import asyncio
 import contextlib
 import uuid
 from collections.abc import Mapping
@@ -59,6 +60,9 @@ class ApiGate:
             await self._pass(scope, receive, noting_send, record, headers)
         except ClientDisconnect:
             status = _CLIENT_LEFT
+        except asyncio.CancelledError:  # how Ray Serve tells of it
+            status = _CLIENT_LEFT
+            raise
         finally:
             route = getattr(scope.get("route"), "path", "other")
             record.note(method=scope["method"], route=route, status=status)

@@ -1,5 +1,6 @@
 """``mara-rl serve``: refusals at once, and the whole thing over Ray Serve."""
 
+import http.client
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -172,10 +174,11 @@ def test_the_endpoint_over_ray_serve(tiny_llms, tmp_path, monkeypatch):
         leaving = ask("local", stream=True, max_tokens=200)
         next(iter(leaving))
         leaving.close()
-        deadline = time.monotonic() + 15
-        while 'mara_slots_in_use{replica="' not in (text := metrics(server)) or in_use(text):
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        until(lambda: in_use(metrics(server)) == 0)
+        leave_before_the_answer(
+            server, {"model": "local", "messages": ASK, "max_tokens": 200, "n": 9}
+        )
+        until(lambda: in_use(metrics(server)) == 0)
 
         running = ask("local", stream=True, max_tokens=200)
         next(iter(running))
@@ -187,6 +190,9 @@ def test_the_endpoint_over_ray_serve(tiny_llms, tmp_path, monkeypatch):
         log = (tmp_path / "logs" / f"endpoint-{server.port}.jsonl").read_text().splitlines()
         records = [json.loads(line) for line in log]
         assert any(record.get("completion_tokens") == 12 for record in records)
+        left = [record["stream"] for record in records if record.get("status") == 499]
+        assert sorted(left) == [False, True]
+        assert not [record for record in records if record.get("status") == 500]
         assert "bake bread" not in "".join(log)
     finally:
         server.kill()
@@ -247,11 +253,26 @@ def test_two_replicas_answer_as_one(tiny_llms, tmp_path, monkeypatch):
         server.kill()
 
 
+def leave_before_the_answer(server: ServeProcess, body: dict) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
+    connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
+    until(lambda: in_use(metrics(server)) > 0)
+    connection.close()
+
+
 def metrics(server: ServeProcess) -> str:
     return requests.get(f"{server.url}/metrics", timeout=30).text
 
 
 def in_use(text: str) -> float:
+    """Slots; −1 before a replica has said so."""
     found = re.search(r"^mara_slots_in_use\{.*\} (.*)$", text, re.MULTILINE)
-    assert found is not None
-    return float(found[1])
+    return float(found[1]) if found else -1.0
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 15
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
