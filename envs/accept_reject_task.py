@@ -57,7 +57,9 @@ class Answer:
 class AcceptRejectTask:
     """S slots that answer prompts, one candidate a step; see the package's environments.
 
-    ``last_failure`` says why the last failed episode failed, "" before any has.
+    Attributes:
+        failed_answers: how many episodes have failed.
+        last_failure: why the last of them did, "" before any has.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class AcceptRejectTask:
             top_p=top_p,
             prefill_chunk_tokens=prefill_chunk_tokens,
         )
+        self.failed_answers = 0
         self.last_failure = ""
         self._open: dict[int, Answer] = {}
 
@@ -222,6 +225,7 @@ class AcceptRejectTask:
 
     def _fail(self, answer: Answer, failure: str) -> None:
         answer.finish_reason, answer.failure = "failed", failure
+        self.failed_answers += 1
         self.last_failure = failure
 
     def _finish(self, slot: int, reason: str) -> Answer:

@@ -54,11 +54,13 @@ class ScoreClient:
         counters: since the start, ``calls`` and ``pairs``, and for each score ``retries/<name>``
             (attempts beyond the first), ``missing/<name>`` (pairs without an answer in time) and
             ``non_finite/<name>`` (pairs whose answer was NaN or infinite).
+        last_retry: why a score was last asked for again; "" before it ever was.
     """
 
     def __init__(self, config: ScoreClientConfig) -> None:
         self.names = tuple(config.sources)
         self.counters: Counter[str] = Counter()
+        self.last_retry = ""
         self._config = config
         self._sources: dict[str, ScoreSource] = {}
 
@@ -114,7 +116,8 @@ class ScoreClient:
         def count_retry(state: RetryCallState) -> None:
             self.counters[f"retries/{name}"] += 1
             failure = state.outcome.exception() if state.outcome else None
-            logger.warning("score %r from %s is asked for again: %s", name, source, failure)
+            self.last_retry = f"score {name!r} from {source}: {failure}"
+            logger.warning("%s; it is asked for again", self.last_retry)
 
         retrying = Retrying(
             retry=retry_if_exception_type(RetryableError),

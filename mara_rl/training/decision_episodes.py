@@ -4,7 +4,6 @@ Scores are set (where deferred), failed episodes deleted, and rows without a cho
 neither GAE nor the loss ever sees them and their hidden states are not shipped.
 """
 
-from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -19,8 +18,6 @@ METRICS = "mara"
 
 class DecisionEpisodes(RLlibCallback):
     """RLlib callback of the rollout actors."""
-
-    _retries = 0  # of scores, logged so far
 
     def on_sample_end(  # type: ignore[override]
         self, *, env_runner: Any, metrics_logger: Any, samples: list[SingleAgentEpisode], **kw: Any
@@ -47,12 +44,6 @@ class DecisionEpisodes(RLlibCallback):
         # Where every answer failed, what is left would train on KL and bootstrapped values alone.
         samples[:] = [] if failed and len(failed) == len(answers) else kept
         _log(metrics_logger, list(answers.values()))
-        counters = env.task.scorer.counters
-        retries = sum(n for key, n in counters.items() if key.startswith("retries/"))
-        metrics_logger.log_value(
-            (METRICS, "scoring_retries"), retries - self._retries, reduce="sum"
-        )
-        self._retries = retries
 
 
 def decision_rows(episode: SingleAgentEpisode) -> SingleAgentEpisode | None:
@@ -99,10 +90,8 @@ def decision_rows(episode: SingleAgentEpisode) -> SingleAgentEpisode | None:
 
 def _log(metrics: Any, answers: list[Answer]) -> None:
     scored = [a for a in answers if a.finish_reason != "failed"]
-    failures = Counter(a.failure for a in answers if a.finish_reason == "failed")
     counts = {
         "answers": len(scored),
-        "failed_answers": sum(failures.values()),
         "response_tokens": sum(a.num_tokens for a in scored),
         "prefill_tokens": sum(a.prefill_tokens for a in answers),
         "decisions": sum(a.decisions for a in scored),

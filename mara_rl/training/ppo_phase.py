@@ -1,6 +1,7 @@
 """The PPO phase: iterations, metrics, checkpoints that are barriers."""
 
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from mara_rl.training.checkpoint import TrainState, save_checkpoint
 from mara_rl.training.config import TrainConfig
 from mara_rl.training.learner_weights import LearnerWeights
 from mara_rl.training.lost_part import LostPart
-from mara_rl.training.rollout_group import RolloutGroup
+from mara_rl.training.rollout_group import FAULTS, RolloutGroup
 from mara_rl.training.run_folder import RunFolder
 from mara_rl.training.runner_errors import RunnerErrors, cause
 from services.prompt_queue import PromptQueue, QueueLost
@@ -49,6 +50,7 @@ class PPOPhase:
         self._state = state
         self._display = display
         self._trained_rows = 0.0
+        self._faults: Counter[str] = Counter()  # since the last update
         self._runner_errors = RunnerErrors()
         self._outage = ""
         self._known_causes = ""
@@ -73,6 +75,7 @@ class PPOPhase:
                 started_s = time.monotonic()
                 figures = self._iterate()
                 queue_figures = self._queue_figures()
+                self._faults.update(self._runners.take_faults())
                 if figures is None:
                     if not self._weights.learners_alive():
                         raise LostPart("the learner is gone")
@@ -91,13 +94,11 @@ class PPOPhase:
                 state.iteration += 1
                 state.training_s += progress_s - started_s
                 state.token_forwards += int(figures["rollout/token_forwards"])
-                if figures["rollout/failed_answers"]:
-                    self._display.line(
-                        f"iteration {state.iteration}: {figures['rollout/failed_answers']:.0f} "
-                        f"answers failed and were not trained on: {self._causes()}"
-                    )
+                self._tell_of_faults()
                 self._tell_of_restarts(figures)
                 figures |= queue_figures
+                figures |= {f"rollout/{fault}": float(self._faults[fault]) for fault in FAULTS}
+                self._faults.clear()
                 figures["faults/resumes"] = float(state.restarts)
                 figures["time/iteration_s"] = progress_s - started_s
                 figures["total/token_forwards"] = float(state.token_forwards)
@@ -164,6 +165,19 @@ class PPOPhase:
                 f"rollout actor {number} gave no sample for "
                 f"{self._config.rollouts.sample_timeout_s:g} s (rollouts.sample_timeout_s) and is "
                 "replaced"
+            )
+
+    def _tell_of_faults(self) -> None:
+        iteration = self._state.iteration
+        if failed := self._faults["failed_answers"]:
+            self._display.line(
+                f"iteration {iteration}: {failed} answers failed and were not trained on: "
+                f"{self._causes()}"
+            )
+        if retries := self._faults["scoring_retries"]:
+            self._display.line(
+                f"iteration {iteration}: scores were asked for again {retries} times: "
+                f"{'; '.join(self._runners.last_retries())}"
             )
 
     def _tell_of_restarts(self, figures: dict[str, float]) -> None:

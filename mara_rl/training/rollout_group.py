@@ -23,6 +23,7 @@ from mara_rl.decoding.request import DecodeRequest, DecodeSettings
 from mara_rl.errors import MaraError, RetryableError
 from mara_rl.training.config import TrainConfig
 
+FAULTS = ("failed_answers", "scoring_retries")
 _MAX_ATTEMPTS = 3
 _PING_TIMEOUT_S = 10.0
 _RETRY_WAIT_S = 1.0
@@ -196,14 +197,30 @@ class RolloutGroup:
                 )
             time.sleep(_RETRY_WAIT_S)
 
+    def take_faults(self) -> dict[str, int]:
+        """How many answers failed and how often scores were asked for again since the last call.
+
+        RLlib's metrics leave out iterations without samples, which is where most of them are. What
+        an actor that died had counted is lost.
+        """
+        counts = self._group.foreach_env_runner(
+            _take_faults, local_env_runner=False, timeout_seconds=_PING_TIMEOUT_S
+        )
+        return {key: sum(count[key] for count in counts) for key in FAULTS}
+
     def last_failures(self) -> list[str]:
         """Why episodes failed lately, one line from every actor that saw a failure."""
-        failures = self._group.foreach_env_runner(
-            lambda runner: runner.env.unwrapped.task.last_failure,
-            local_env_runner=False,
-            timeout_seconds=10.0,
+        return self._told(lambda runner: runner.env.unwrapped.task.last_failure)
+
+    def last_retries(self) -> list[str]:
+        """Why scores were asked for again lately, one line from every actor that had to."""
+        return self._told(lambda runner: runner.env.unwrapped.task.scorer.last_retry)
+
+    def _told(self, tell: Callable[[Any], str]) -> list[str]:
+        told = self._group.foreach_env_runner(
+            tell, local_env_runner=False, timeout_seconds=_PING_TIMEOUT_S
         )
-        return sorted({failure for failure in failures if failure})
+        return sorted({line for line in told if line})
 
 
 def derived_seed(*parts: int) -> int:
@@ -239,6 +256,14 @@ def _restart(runner: Any, seed: int, iteration: int) -> None:
     runner._seed = derived_seed(seed, iteration, runner.worker_index)
     runner._needs_initial_reset = True
     seed_everything(runner._seed)
+
+
+def _take_faults(runner: Any) -> dict[str, int]:
+    task = runner.env.unwrapped.task
+    failed, task.failed_answers = task.failed_answers, 0
+    counters = task.scorer.counters
+    retries = [counters.pop(key) for key in list(counters) if key.startswith("retries/")]
+    return dict(zip(FAULTS, (failed, sum(retries)), strict=True))
 
 
 def _fits_context(

@@ -1,28 +1,59 @@
 """Score replicas, Redis and MLflow go away, for a while or with all they had."""
 
+import re
 import shutil
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from mlflow_servers import MLflowServer
+from tiny_checkpoints import deepened
 from training_runs import REPLICA, iterations, metric_history
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 
 
-@pytest.mark.parametrize("deadline_s", [60, 2])
-def test_a_reward_replica_dies_in_mid_call(chaos, deadline_s: float) -> None:
-    """With a short deadline the answers of that time are dropped, counted, and asked for again."""
-    run = chaos.start(scoring={"deadline_s": deadline_s})
+REPEATED = r"scores were asked for again (\d+) times: score 'reward' from app 'reward'"
+DROPPED = r"answers failed and were not trained on: .*score 'reward' from app 'reward'"
+
+
+def test_a_reward_replica_dies_in_mid_call(chaos, models, tmp_path: Path) -> None:
+    slow = deepened(models.scores["reward"], tmp_path / "slow", layers=500)
+    reward = {"model": str(slow), "weight": 1.0, "num_cpus": 0.1}
+    cost = {"model": str(models.scores["cost"]), "weight": -1.0, "num_cpus": 0.1}
+    run = chaos.start(scores={"reward": reward, "cost": cost}, scoring={"deadline_s": 60})
+    run.until_iteration(3)
+    replica = run.processes(REPLICA.format("reward"))[0]
+    run.until(lambda: replica.cpu_percent(interval=0.1) > 50, "a call")  # idle: 5
+    at = time.time()
+    replica.kill()
+    took_s = chaos.recovered(run, at)
+    output = chaos.end(run, "the reward replica killed in mid-call (deadline_s: 60)", took_s)
+    told = re.search(REPEATED, output)
+    assert told
+    assert retries(chaos.home) >= int(told[1])
+    assert not re.search(DROPPED, output)
+
+
+def test_a_reward_replica_stays_away_beyond_the_deadline(chaos) -> None:
+    """The answers of that time are dropped, counted, and asked for again."""
+    run = chaos.start(scoring={"deadline_s": 2})
     run.until_iteration(3)
     at = time.time()
     run.processes(REPLICA.format("reward"))[0].kill()
     took_s = chaos.recovered(run, at)
-    output = chaos.end(run, f"the reward replica killed (deadline_s: {deadline_s})", took_s)
-    told = "score 'reward' from app 'reward'" in output
-    assert told == (deadline_s == 2)
+    output = chaos.end(run, "the reward replica killed (deadline_s: 2)", took_s)
+    assert re.search(REPEATED, output)
+    assert re.search(DROPPED, output)
+    assert retries(chaos.home) > 0
+    failed = sum(value for _, value, _ in metric_history(chaos.home, "rollout/failed_answers"))
+    assert failed > 3  # as often as the poisoned prompt may
     assert [letter["prompt"] for letter in chaos.queue().dead_letters()] in (["p3"], [])
+
+
+def retries(home: Path) -> float:
+    return sum(value for _, value, _ in metric_history(home, "rollout/scoring_retries"))
 
 
 @pytest.mark.parametrize("data", ["with", "without"])

@@ -1,10 +1,11 @@
 """Tiny checkpoints with random weights, in the formats of the published ones."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     LlamaConfig,
@@ -126,3 +127,17 @@ def write_classifier(folder: Path, **fields: object) -> Path:
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def deepened(folder: Path, target: Path, layers: int) -> Path:
+    """A copy of a checkpoint, its layers repeated until there are so many: it takes its time."""
+    shutil.copytree(folder, target)
+    config = json.loads((folder / "config.json").read_text())
+    state = load_file(folder / "model.safetensors")
+    for key in [key for key in state if key.startswith("model.layers.")]:
+        number, rest = key.removeprefix("model.layers.").split(".", 1)
+        for copy in range(int(number), layers, config["num_hidden_layers"]):
+            state[f"model.layers.{copy}.{rest}"] = state[key].clone()
+    save_file(state, target / "model.safetensors")
+    (target / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
+    return target

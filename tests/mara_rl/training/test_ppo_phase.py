@@ -18,6 +18,7 @@ from mara_rl.training.checkpoint import TrainState, load_newest_checkpoint
 from mara_rl.training.config import load_config
 from mara_rl.training.lost_part import LostPart
 from mara_rl.training.ppo_phase import PPOPhase
+from mara_rl.training.rollout_group import FAULTS
 from mara_rl.training.run_folder import RunFolder
 from services.prompt_epochs import QueuePosition
 from services.prompt_queue import QueueLost
@@ -66,7 +67,7 @@ def phase_of(algorithm: FakeAlgorithm, out: io.StringIO) -> PPOPhase:
         folder=unused,
         algorithm=algorithm,
         weights=SimpleNamespace(learners_alive=lambda: True),
-        runners=SimpleNamespace(last_failures=list),
+        runners=SimpleNamespace(last_failures=list, take_faults=dict),
         queue=QuietQueue(),
         redis_url="redis://localhost",
         tracking=SimpleNamespace(unsent=[]),
@@ -87,6 +88,52 @@ def test_no_progress_names_the_cause_saves_and_ends(monkeypatch: pytest.MonkeyPa
     lines = [line for line in out.getvalue().splitlines() if line.startswith("iteration 5")]
     assert len(lines) > 1
     assert all("0 of 1 runners alive: Redis is away" in line for line in lines)
+
+
+def update(rows: int) -> dict[str, Any]:
+    """What RLlib says of an iteration; ``rows`` were trained on since the start."""
+    names = ("answers", "response_tokens", "prefill_tokens", "decisions", "forced_steps")
+    policy = ("entropy", "vf_loss", "policy_loss", "gradients_default_optimizer_global_norm")
+    updates = ("rows", "kl_sum", "kl_decisions", "explained_variance")
+    return {
+        "env_runners": {"mara": dict.fromkeys(names, 1.0), "num_env_steps_sampled": 100},
+        "learners": {
+            "__all_modules__": {"num_module_steps_trained_lifetime": rows},
+            "mara": dict.fromkeys(updates, 1.0),
+            "default_policy": dict.fromkeys(policy, 0.0),
+        },
+        "timers": {"env_runner_sampling_timer": 1.0, "learner_update_timer": 1.0},
+    }
+
+
+def test_faults_of_iterations_without_an_update_count_in_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ppo_phase, "_RETRY_WAIT_S", 0.0)
+    out, logged = io.StringIO(), []
+    outcomes = [{}, RetryableError("Redis is away"), update(rows=7), update(rows=9)]
+    faults = iter([(3, 2), (0, 0), (1, 1), (0, 0)])
+    phase = phase_of(FakeAlgorithm(*outcomes), out)
+    phase._algorithm.env_runner_group.num_remote_worker_restarts = lambda: 0
+    phase._runners = SimpleNamespace(
+        take_faults=lambda: dict(zip(FAULTS, next(faults), strict=True)),
+        last_retries=lambda: ["score 'cost' from app 'cost': ActorDiedError"],
+        last_failures=lambda: ["no answer within 2 s"],
+    )
+    phase._tracking.log_metrics = lambda figures, step: logged.append(figures)
+    monkeypatch.setattr(phase, "save", lambda: None)
+    phase.run(check_interrupt=lambda: None)
+    assert [[figures[f"rollout/{fault}"] for fault in FAULTS] for figures in logged] == [
+        [4, 3],
+        [0, 0],
+    ]
+    lines = out.getvalue()
+    assert "iteration 5: 4 answers failed and were not trained on: no answer within 2 s" in lines
+    assert (
+        "iteration 5: scores were asked for again 3 times: "
+        "score 'cost' from app 'cost': ActorDiedError" in lines
+    )
+    assert lines.count("asked for again") == 1
 
 
 def test_an_interrupt_is_heard_while_nothing_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:

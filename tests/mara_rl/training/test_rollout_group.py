@@ -1,5 +1,6 @@
 """Answers come back in the prompts' order, whichever actors fail on the way."""
 
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -105,3 +106,38 @@ def test_an_actor_that_stays_away_is_an_error(monkeypatch: pytest.MonkeyPatch) -
 def test_what_decoding_raised_is_raised_here() -> None:
     with pytest.raises(DataError, match="too long"):
         group(FakeActors(set(), DataError("too long"))).answers(["a"])
+
+
+class TaskActors(FakeActors):
+    """Two actors whose tasks can be looked at."""
+
+    def __init__(self) -> None:
+        super().__init__(set())
+        self.tasks = [
+            SimpleNamespace(
+                failed_answers=failed,
+                last_failure="",
+                scorer=SimpleNamespace(counters=Counter(counters), last_retry=told),
+            )
+            for failed, counters, told in (
+                (2, {"calls": 9, "retries/reward": 3, "retries/cost": 1}, "score 'cost': gone"),
+                (0, {"calls": 4}, ""),
+            )
+        ]
+
+    def foreach_env_runner(self, calls: Any, **kwargs: Any) -> list[Any]:
+        return [
+            calls(SimpleNamespace(env=SimpleNamespace(unwrapped=SimpleNamespace(task=task))))
+            for task in self.tasks
+        ]
+
+
+def test_faults_are_taken_once() -> None:
+    actors = TaskActors()
+    assert group(actors).take_faults() == {"failed_answers": 2, "scoring_retries": 4}
+    actors.tasks[1].failed_answers += 1
+    actors.tasks[0].scorer.counters["retries/cost"] += 1
+    assert group(actors).take_faults() == {"failed_answers": 1, "scoring_retries": 1}
+    assert actors.tasks[0].scorer.counters["calls"] == 9
+    assert group(actors).last_retries() == ["score 'cost': gone"]
+    assert group(actors).last_failures() == []
