@@ -24,7 +24,9 @@ SPEC_FILE = "agent.json"
 CARD_FILE = "README.md"
 
 
-def save_agent(agent: Agent, folder: Path, *, metadata: dict[str, Any] | None = None) -> None:
+def save_agent(
+    agent: Agent, folder: Path | str, *, metadata: dict[str, Any] | None = None
+) -> None:
     """Write an agent to a new ``folder``, which appears whole or not at all.
 
     ``agent.safetensors`` holds the network's state dict in float32, under the keys of published
@@ -32,6 +34,7 @@ def save_agent(agent: Agent, folder: Path, *, metadata: dict[str, Any] | None = 
     ``README.md`` is the card, as the model hub shows it.
     Raises DataError when ``folder`` exists or ``metadata`` is not JSON.
     """
+    folder = Path(folder)
     if folder.exists():
         raise DataError(f"agent folder {folder} exists; expected a new one")
     content = {"format": FORMAT, "agent": agent.spec.model_dump(), "metadata": metadata or {}}
@@ -56,11 +59,12 @@ def save_agent(agent: Agent, folder: Path, *, metadata: dict[str, Any] | None = 
         raise
 
 
-def load_agent(folder: Path) -> Agent:
+def load_agent(folder: Path | str) -> Agent:
     """The agent that `save_agent` wrote to ``folder``, on the CPU in float32.
 
     Raises DataError naming the file, key or shape that is not as expected.
     """
+    folder = Path(folder)
     spec, _ = read_agent_spec(folder)
     path = folder / WEIGHTS_FILE
     try:

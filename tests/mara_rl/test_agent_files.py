@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_agents import SIZE, logits, make_agent
 
-from mara_rl.agent_files import load_agent, read_agent_spec, save_agent
+from mara_rl.agent_files import agent_sha256, load_agent, read_agent_spec, save_agent
 from mara_rl.errors import DataError
 
 
@@ -34,6 +34,12 @@ def test_weights_are_float32_under_the_published_keys(tmp_path):
     layers = ("ln", "linear1", "linear2", "output_linear")
     assert set(weights) == {f"{layer}.{part}" for layer in layers for part in ("weight", "bias")}
     assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_folders_may_be_text(tmp_path):
+    agent = make_agent()
+    save_agent(agent, str(tmp_path / "agent"))
+    assert agent_sha256(load_agent(str(tmp_path / "agent"))) == agent_sha256(agent)
 
 
 def test_loading_leaves_the_global_generator_alone(saved):
