@@ -29,6 +29,7 @@ import yaml
 from ablation import VARIANTS, run
 
 from mara_rl.atomic_write import write_atomically
+from mara_rl.evaluation.plots import frontier
 
 TRAIN_PROMPTS, TUNE_PROMPTS = 576, 200  # as many as the packaged ones
 RUNS = {
@@ -151,6 +152,14 @@ def table(summary: dict[str, Any], baseline: str, forwards: dict[str, int]) -> s
     return "\n".join(lines)
 
 
+def draw(summary: dict[str, Any], out: Path) -> None:
+    """``frontier-JUDGE.svg``: weighted reward against KL, under each judge."""
+    for judge in summary["judges"]:
+        if drawing := frontier(summary, judge):
+            grey = drawing.replace("currentColor", "#777777")  # on pages dark and light
+            write_atomically(out / f"frontier-{judge}.svg", grey)
+
+
 def trained(
     names: Sequence[str], overrides: Sequence[str], train: Path, tune: Path, out: Path
 ) -> tuple[dict[str, Path], dict[str, int]]:
@@ -184,6 +193,7 @@ def main() -> None:
     looked = looks(out, settings)
     with clocked(out, "evaluation"):
         summary = compare(settings, out)
+    draw(summary, out)
     for file in (arguments.train, arguments.dev):
         print(f"{file.name}: sha256 {hashlib.sha256(file.read_bytes()).hexdigest()}")
     seconds = json.loads((out / "seconds.json").read_text(encoding="utf-8"))

@@ -24,9 +24,7 @@ SPEC_FILE = "agent.json"
 CARD_FILE = "README.md"
 
 
-def save_agent(
-    agent: Agent, folder: Path | str, *, metadata: dict[str, Any] | None = None
-) -> None:
+def save_agent(agent: Agent, folder: Path | str, *, metadata: dict[str, Any] | None = None) -> None:
     """Write an agent to a new ``folder``, which appears whole or not at all.
 
     ``agent.safetensors`` holds the network's state dict in float32, under the keys of published
