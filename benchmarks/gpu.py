@@ -1,4 +1,4 @@
-"""Decoding and rollouts of an LLM of 7B shape on a GPU, with and without CUDA graphs.
+"""Decoding and rollouts of an LLM of 7B shape on a GPU.
 
 Run with `python benchmarks/gpu.py`. The weights are random, in bfloat16, so nothing has to be
 downloaded; the output layer is scaled until candidate sets are about as large as a trained LLM's
@@ -12,7 +12,6 @@ downloaded; the output layer is scaled until candidate sets are about as large a
 import argparse
 import time
 from pathlib import Path
-from statistics import median
 
 import numpy as np
 import torch
@@ -30,7 +29,6 @@ from mara_rl.decoding.request import DecodeSettings
 from mara_rl.policy_llm import PolicyLLM, smollm2_folder
 from mara_rl.prompts import packaged_prompts
 from mara_rl.slot_engine import SlotEngine
-from mara_rl.slot_graphs import MAX_TOKENS
 
 
 def random_7b(tokenizer: Path, logit_scale: float) -> PolicyLLM:
@@ -56,26 +54,19 @@ def random_agent(llm: PolicyLLM) -> Agent:
 
 def decoding(llm: PolicyLLM, agent: Agent, prompts: list[str], tokens: int, batch: int) -> None:
     settings, blend = DecodeSettings(max_new_tokens=tokens), Blend.of([agent])
-    with_graphs, without = Decoder(llm, batch), Decoder(llm, batch)
-    assert with_graphs.engine.graphs is not None
-    assert without.engine.graphs is not None
-    without.engine.graphs.max_tokens = 0
+    decoder = Decoder(llm, batch)
     chunks = [prompts[i : i + batch] for i in range(0, len(prompts), batch)]
-    rates: dict[str, list[float]] = {"generate": [], "graphs": [], "plain": []}
+    rates = []
     for chunk in [chunks[0], *chunks]:  # the first time warms up
         count, seconds = generate(llm, chunk, tokens)
-        rates["generate"].append(count / seconds)
-        for name, decoder in (("graphs", with_graphs), ("plain", without)):
-            count, seconds, _ = aligned(llm, decoder, blend, chunk, settings)
-            rates[name].append(count / seconds)
-    plain, ours, eager = (np.array(rates[name][1:]) for name in ("generate", "graphs", "plain"))
-    engine = with_graphs.engine
+        ours, our_seconds, _ = aligned(llm, decoder, blend, chunk, settings)
+        rates.append((count / seconds, ours / our_seconds))
+    plain, steered = np.array(rates[1:]).T
+    engine = decoder.engine
     print(
-        f"batch {batch}: generate {plain.mean():.1f} tokens/s, aligned greedy {ours.mean():.1f}, "
-        f"without graphs {eager.mean():.1f}; {engine.candidate_tokens / engine.forwards:.1f} "
-        f"candidates a forward, {engine.graphs.captured} graphs; without graphs "
-        f"{median(eager / plain):.3f} of generate; "
-        f"aligned / generate tokens per second, ratio {median(ours / plain):.3f}",
+        f"batch {batch}: generate {plain.mean():.1f} tokens/s, aligned greedy "
+        f"{steered.mean():.1f}, {engine.candidate_tokens / engine.forwards:.1f} candidates a "
+        f"forward; aligned / generate tokens per second, ratio {np.median(steered / plain):.3f}",
         flush=True,
     )
 
@@ -84,23 +75,19 @@ def forwards(llm: PolicyLLM, slots: int, width: int, steps: int) -> None:
     """Milliseconds of a look at ``width`` candidates in each of ``slots``."""
     at, none = torch.arange(slots), torch.zeros(slots, dtype=torch.long)
     tokens = torch.randint(100, 1000, (slots * width,))
-    found = []
-    for max_tokens in (0, MAX_TOKENS):
-        engine = SlotEngine(llm, slots)
-        assert engine.graphs is not None
-        engine.graphs.max_tokens = max_tokens
-        engine.prefill(range(slots), [[5] * 60] * slots)
-        for step in range(steps + 3):
-            if step == 3:
-                torch.cuda.synchronize()
-                started_s = time.perf_counter()
-            engine.look(at, none + width, tokens, none)
-        torch.cuda.synchronize()
-        found.append((time.perf_counter() - started_s) / steps * 1e3)
+    engine = SlotEngine(llm, slots)
+    engine.prefill(range(slots), [[5] * 60] * slots)
+    for step in range(steps + 3):
+        if step == 3:
+            torch.cuda.synchronize()
+            started_s = time.perf_counter()
+        engine.look(at, none + width, tokens, none)
+    torch.cuda.synchronize()
+    milliseconds = (time.perf_counter() - started_s) / steps * 1e3
     weights = sum(p.numel() * p.element_size() for p in llm.model.base_model.parameters())
     print(
-        f"{slots} x {width}: {found[0]:.2f} ms a forward, with graphs {found[1]:.2f} "
-        f"({weights / found[1] / 1e9:.2f} TB/s of weights)",
+        f"{slots} x {width}: {milliseconds:.2f} ms a forward "
+        f"({weights / milliseconds / 1e9:.2f} TB/s of weights)",
         flush=True,
     )
 
@@ -116,16 +103,11 @@ def rollouts(llm: PolicyLLM, slots: int, steps: int) -> None:
         prompts=lambda: ListPromptSource(prompts),
         scorer=NoScorer(),
     )
-    graphs = env.task.walk.engine.graphs
-    assert graphs is not None
-    rng, found = np.random.default_rng(0), []
-    for max_tokens in (0, MAX_TOKENS):
-        graphs.max_tokens = max_tokens
-        found.append(rollout_rate(env, agent, steps, rng))
+    rollout = rollout_rate(env, agent, steps, np.random.default_rng(0))
     bare = bare_rate(llm, slots, 64, steps)
     print(
-        f"S={slots}: bare {bare:.0f} token-forwards/s, rollout {found[1]:.0f} (without graphs "
-        f"{found[0]:.0f}), ratio of rollout to bare forward rate {found[1] / bare:.2f}",
+        f"S={slots}: bare {bare:.0f} token-forwards/s, rollout {rollout:.0f}, "
+        f"ratio of rollout to bare forward rate {rollout / bare:.2f}",
         flush=True,
     )
 

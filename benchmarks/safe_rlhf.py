@@ -83,7 +83,7 @@ def plan(agents: dict[str, Path], dev: Path, train: Path, replicates: int) -> di
             **{f"best-of-{n}": {"kind": "best_of", "n": n} for n in (4, 16) if n <= replicates},
             **{name: {"kind": "agent", "agent": str(agent)} for name, agent in agents.items()},
             "sampled-strength-1": sampled,
-            **{f"sampled-strength-{s}": {**sampled, "strength": s} for s in STRENGTHS},
+            "sampled-strength-2": {**sampled, "strength": 2.0},
             **{
                 f"strength-{s}": {"kind": "agent", "agent": first, "strength": s} for s in STRENGTHS
             },

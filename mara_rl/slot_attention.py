@@ -32,12 +32,6 @@ class Layout:
     column: Tensor
     full: bool
 
-    @classmethod
-    def whole(cls, rows: int, width: int, device: torch.device) -> "Layout":
-        """All rows with ``width`` tokens each."""
-        index = torch.arange(rows * width, device=device)
-        return cls(rows, width, index // width, index % width, full=True)
-
     def unpack(self, packed: Tensor) -> Tensor:
         """(N, ...) to (R, W, ...), zeros where a row is shorter."""
         if self.full:

@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+CAPACITY_STEP = 128
+
 
 class SlotLayer(CacheLayerMixin):
-    """Keys and values (S, heads, capacity + 1, D) of one layer.
-
-    Sliding layers keep full length too. The last place is spare: it is written to, never seen.
-    """
+    """Keys and values (S, heads, capacity, D) of one layer; sliding layers keep full length too."""
 
     def __init__(self, cache: "SlotCache") -> None:
         super().__init__()
@@ -28,7 +27,7 @@ class SlotLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs):  # type: ignore[no-untyped-def]
         """Write (1, heads, N, D) where the cache aims; return the keys and values of its rows."""
         cache = self.cache
-        if not self.is_initialized or self.keys.shape[2] <= cache.capacity:
+        if not self.is_initialized or self.keys.shape[2] < cache.capacity:
             self.lazy_initialization(key_states, value_states)
         at = (cache.slots, slice(None), cache.places)  # (N, heads, D)
         self.keys[at] = key_states[0].transpose(0, 1)
@@ -37,7 +36,7 @@ class SlotLayer(CacheLayerMixin):
         return (keys, values) if cache.rows is None else (keys[cache.rows], values[cache.rows])
 
     def _grown(self, old: Any, like: Tensor) -> Tensor:
-        shape = (self.cache.num_slots, like.shape[1], self.cache.capacity + 1, like.shape[3])
+        shape = (self.cache.num_slots, like.shape[1], self.cache.capacity, like.shape[3])
         new = like.new_zeros(shape)
         if old is not None:
             new[:, :, : old.shape[2]] = old
@@ -54,12 +53,7 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """KV cache of S slots. `reserve` makes room, `aim` says where the next forward writes.
-
-    Attributes:
-        capacity: places per slot that the next forward finds.
-        view: places per slot that it sees, a multiple of a step: few shapes for kernels to meet.
-    """
+    """KV cache of S slots. `aim` says where the next forward writes and how far it looks."""
 
     def __init__(self, num_layers: int, num_slots: int, device: torch.device) -> None:
         super().__init__(layers=[SlotLayer(self) for _ in range(num_layers)])
@@ -70,8 +64,6 @@ class SlotCache(Cache):
         self.rows: Tensor | None = None
         self.slots = torch.zeros(0, dtype=torch.long, device=device)
         self.places = torch.zeros(0, dtype=torch.long, device=device)
-        # On a GPU growing costs the graphs that were captured, and a longer view next to nothing.
-        self._view_step, self._capacity_step = (256, 512) if device.type == "cuda" else (32, 128)
 
     def zero(self, slots: Sequence[int]) -> None:
         """Zero all keys and values of these slots."""
@@ -96,17 +88,14 @@ class SlotCache(Cache):
             layer.keys[slots, :, targets] = layer.keys[slots, :, sources]
             layer.values[slots, :, targets] = layer.values[slots, :, sources]
 
-    def reserve(self, longest: int) -> None:
-        """Make room, and a view, of at least ``longest`` places a slot for the next forward."""
-        self.view = -(-longest // self._view_step) * self._view_step
-        needed = -(-self.view // self._capacity_step) * self._capacity_step
-        self.capacity = max(self.capacity, needed)
-
-    def aim(self, slots: Tensor, places: Tensor, rows: Tensor | None) -> None:
+    def aim(self, slots: Tensor, places: Tensor, longest: int, rows: Tensor | None) -> None:
         """Set the target of the next forward.
 
         Args:
             slots, places: where the keys and values of the N tokens go (N,), int64, on the device.
+            longest: the greatest place any token looks at, plus 1.
             rows: the slots whose keys the attention needs (R,), in order; None means all.
         """
+        self.view = -(-longest // 32) * 32
+        self.capacity = max(self.capacity, -(-self.view // CAPACITY_STEP) * CAPACITY_STEP)
         self.slots, self.places, self.rows = slots, places, rows

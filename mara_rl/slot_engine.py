@@ -1,17 +1,17 @@
 """Forwards of a frozen LLM over S slots, each a sequence of its own length."""
 
 from collections.abc import Sequence
+from typing import Any
 from weakref import WeakSet
 
 import torch
 from torch import Tensor
 
+from mara_rl import slot_attention
 from mara_rl.errors import ConfigError, first_line
 from mara_rl.policy_llm import PolicyLLM
 from mara_rl.slot_attention import Layout
 from mara_rl.slot_cache import SlotCache
-from mara_rl.slot_forward import SlotForward
-from mara_rl.slot_graphs import SlotGraphs
 
 _PROBE_TOKENS = 12
 _MAX_PROBE_KL = {torch.float32: 1e-4, torch.float16: 0.05, torch.bfloat16: 0.2}  # nats
@@ -31,8 +31,6 @@ class SlotEngine:
         prefill_tokens: prompt tokens put through the LLM so far.
         candidate_tokens: candidates put through the LLM so far.
         forwards: forwards of the LLM so far.
-        run: the forward behind all others.
-        graphs: what runs small forwards faster; None but on a GPU.
 
     The first engine of an LLM is held against the LLM's own forward. Raises ConfigError where they
     differ: the architecture does what is not known here.
@@ -54,9 +52,9 @@ class SlotEngine:
         self.candidate_tokens = 0
         self.forwards = 0
         self._cache = SlotCache(config.num_hidden_layers, num_slots, llm.device)
-        self.run = SlotForward(llm, self._cache)
-        on_gpu = llm.device.type == "cuda"
-        self.graphs = SlotGraphs(self.run, num_slots, llm.device) if on_gpu else None
+        self._windows = _attention_windows(config)
+        key_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        self._group = config.num_attention_heads // key_heads
         self._all = torch.arange(num_slots)
 
     def clear(self, slots: Sequence[int]) -> None:
@@ -75,7 +73,7 @@ class SlotEngine:
         rows = torch.as_tensor(slots)
         counts = torch.tensor([len(chunk) for chunk in chunks])
         tokens = torch.tensor([token for chunk in chunks for token in chunk])
-        hidden = self._forward(rows, counts, tokens, self.lengths[rows], graphs=None)
+        hidden = self._forward(rows, counts, tokens, self.lengths[rows])
         self.lengths[rows] += counts
         self.prefill_tokens += len(tokens)
         return hidden[counts.cumsum(0) - 1]
@@ -94,7 +92,7 @@ class SlotEngine:
         """
         self.candidate_tokens += self.num_slots
         ones = torch.ones_like(self._all)
-        return self._forward(None, ones, tokens, self.lengths, graphs=self.graphs)
+        return self._forward(None, ones, tokens, self.lengths)
 
     def commit(self, accepted: Tensor) -> None:
         """Make the pending token of the slots where ``accepted`` (S,), bool, part of them."""
@@ -126,8 +124,7 @@ class SlotEngine:
         self.candidate_tokens += len(tokens)
         if parents is None:
             parents = torch.full_like(tokens, -1)
-        first = self.lengths[slots] + looked
-        return self._forward(slots, counts, tokens, first, parents, graphs=self.graphs)
+        return self._forward(slots, counts, tokens, self.lengths[slots] + looked, parents)
 
     @torch.inference_mode()
     def take(self, slots: Tensor, index: Tensor) -> None:
@@ -159,36 +156,60 @@ class SlotEngine:
         tokens: Tensor,
         first: Tensor,
         parents: Tensor | None = None,
-        *,
-        graphs: SlotGraphs | None,
     ) -> Tensor:
         """Hidden states (N, H) of N tokens, ``counts`` (R,) of them for each slot (None: all).
 
         A slot's tokens go to the places from ``first`` (R,) on. They follow each other, or, with
         ``parents`` as for `look`, are alternatives, each blind to all but what it follows.
         """
-        rows = self._all if slots is None else slots
+        device = self.llm.device
         width, longest = int(counts.max()), int((first + counts).max())
         row = torch.arange(len(counts)).repeat_interleave(counts)
         column = torch.arange(len(tokens)) - (counts.cumsum(0) - counts)[row]
-        place = first[row] + column
-        parent, behind, position = torch.full_like(place, -1), place + 1, place
-        if parents is not None:
-            behind = self.lengths[rows[row]]
-            parent = torch.where(parents >= 0, behind + parents, -1)
-            position = behind + (parents >= 0)
-        fields = torch.stack([tokens, rows[row], place, behind, parent, position])
+        layout = Layout(
+            len(counts),
+            width,
+            row.to(device),
+            column.to(device),
+            full=len(tokens) == len(counts) * width,
+        )
+        rows = self._all if slots is None else slots
+        self._cache.aim(
+            rows[row].to(device),
+            (first[row] + column).to(device),
+            longest,
+            None if torch.equal(rows, self._all) else rows.to(device),
+        )
+        places = (first[:, None] + torch.arange(width)).to(device)
+        ends = self.lengths[rows][:, None].to(device)
+        key = torch.arange(self._cache.view, device=device)
+        if parents is None:
+            positions = places
+            seen = key <= positions[:, None, :, None]  # (R, 1, W, view)
+        else:
+            parent = layout.unpack(parents.to(device))
+            positions = ends + (parent >= 0)
+            seen = (key < ends[:, None, :, None]) | (key == places[:, None, :, None])
+            seen |= (key == (ends + parent)[:, None, :, None]) & (parent >= 0)[:, None, :, None]
+        # Candidates lie beyond their position, so a window never hides one from what follows it.
+        distance = positions[:, None, :, None] - key
+        masks = {
+            kind: slot_attention.bias(
+                seen & (distance < window) if window else seen, self._group, self.llm.model.dtype
+            )
+            for kind, window in self._windows.items()
+        }
+        mask: Any = masks if len(masks) > 1 else next(iter(masks.values()))
         self.forwards += 1
-        if graphs is not None:
-            hidden = graphs.run(fields, column, width, longest)
-            if hidden is not None:
-                return hidden
-        device = self.llm.device
-        self._cache.reserve(longest)
-        full = len(tokens) == len(counts) * width
-        layout = Layout(len(counts), width, row.to(device), column.to(device), full)
-        every = torch.equal(rows, self._all)
-        return self.run(fields.to(device), layout, None if every else rows.to(device))
+        with slot_attention.used_by(self.llm.model):
+            return self.llm.model.base_model(
+                input_ids=tokens[None].to(device),
+                attention_mask=mask,
+                position_ids=layout.pack(positions)[None],
+                past_key_values=self._cache,
+                use_cache=True,
+                layout=layout,
+            ).last_hidden_state[0]
 
 
 @torch.inference_mode()
@@ -222,3 +243,15 @@ def _probe(llm: PolicyLLM) -> None:
             f"llm {llm.name!r}: architecture {architecture} is not supported: decoding in slots "
             f"is {kl:.2g} nats from the LLM's own forward"
         )
+
+
+def _attention_windows(config: Any) -> dict[str, int | None]:
+    """The attention window per layer type; one entry where all layers share one mask."""
+    window = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    if types is None:
+        return {"all": window}
+    windows = {"full_attention": None, "sliding_attention": window}
+    if not set(types) <= set(windows):
+        raise ConfigError(f"attention layers {sorted(set(types))}; expected {sorted(windows)}")
+    return {kind: windows[kind] for kind in sorted(set(types))}

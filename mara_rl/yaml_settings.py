@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict
 
-from mara_rl.errors import ConfigError
+from mara_rl.errors import ConfigError, first_line
 
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
 """Names of runs, methods and judges: they become names of files and columns."""
@@ -32,7 +32,11 @@ def preset_or_file(kind: str, name_or_path: str, presets: Traversable) -> str:
     if name_or_path in names_in(presets):
         return (presets / f"{name_or_path}.yaml").read_text(encoding="utf-8")
     if Path(name_or_path).is_file():
-        return Path(name_or_path).read_text(encoding="utf-8")
+        try:
+            return Path(name_or_path).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            reason = f"not UTF-8 text ({first_line(error)})"
+            raise ConfigError(f"{kind} {name_or_path!r}: {reason}") from error
     known = ", ".join(names_in(presets))
     raise ConfigError(f"{kind} {name_or_path!r}: neither a preset ({known}) nor a file")
 

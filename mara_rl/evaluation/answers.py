@@ -9,7 +9,7 @@ from typing import TextIO
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mara_rl.atomic_write import write_atomically
-from mara_rl.errors import DataError, first_problem
+from mara_rl.errors import DataError, first_line, first_problem
 from services.prompt_files import PromptRecord
 
 _TEXT_FIELDS = ("answer", "text", "output", "response")
@@ -147,7 +147,10 @@ def _prompt_of(
 
 
 def _foreign_rows(file: Path) -> list[tuple[str, dict[str, object]]]:
-    content = file.read_text(encoding="utf-8")
+    try:
+        content = file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{file}: not UTF-8 text ({first_line(error)})") from error
     if file.suffix == ".json":
         try:
             rows = json.loads(content) if content.strip() else []

@@ -9,6 +9,7 @@ from rich.table import Table
 from mara_rl.display import Display
 from mara_rl.evaluation.figures import BROKEN_SHARE
 from mara_rl.preference import PreferenceRate, result_line
+from services.prompt_files import PACKAGED
 
 
 def show(figures: Mapping[str, Any], display: Display) -> None:
@@ -34,6 +35,12 @@ def warnings(figures: Mapping[str, Any]) -> list[str]:
     if prompts["seen_in_training"] and not prompts["seen_were_dropped"]:
         lines.append(
             f"{len(prompts['seen_in_training'])} of {prompts['n']} prompts were seen in training"
+        )
+    agents = any(method["kind"] == "agent" for method in figures["methods"].values())
+    if agents and prompts["source"] != PACKAGED and prompts["training_prompts"] == PACKAGED:
+        lines.append(
+            "prompts that training has seen were looked for in the packaged ones alone; name what "
+            "the agents were trained on by --set training_prompts=FILE"
         )
     for name, method in figures["methods"].items():
         share = method["answers"]["refusal_share"]

@@ -28,12 +28,14 @@ from mara_rl.evaluation.published import published_beside, published_set
 from mara_rl.evaluation.report import write_report
 from mara_rl.evaluation.score_cache import ScoreCache
 from mara_rl.evaluation.summary import Judged, baseline_scales, summary
+from mara_rl.file_lock import held
 from mara_rl.home import mara_home
 
 ANSWERS = "answers"
 SCORES = "scores.jsonl"
 SUMMARY = "summary.json"
 REPORT = "report.html"
+LOCK = "lock"
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ def evaluate(
         sources = score_sources(plan)
         if claim(folder, plan_inputs(plan, prompts, agents)):
             display.line(f"going on in {folder}")
+        refusal = f"{folder} is being evaluated by another process; expected one that is stopped"
+        stack.enter_context(held(folder / LOCK, refusal))
         (folder / ANSWERS).mkdir(exist_ok=True)
         display.line(_about(prompts))
         tables = Generation(plan, prompts, agents, folder / ANSWERS, display).run()

@@ -1,7 +1,8 @@
-"""Prompts that fit the LLM of a run."""
+"""What a run must know of its prompts before it uses them."""
 
 from mara_rl.display import Display
 from mara_rl.errors import DataError
+from mara_rl.evaluation.prompt_set import normalised
 from mara_rl.training.rollout_group import RolloutGroup
 from services.prompt_files import PromptRecord
 
@@ -26,3 +27,16 @@ def fitting_prompts(
         raise DataError(line)
     display.line(f"{line}; left out")
     return kept, left_out
+
+
+def tell_of_shared_prompts(
+    train: list[PromptRecord], heldout: list[PromptRecord], display: Display
+) -> None:
+    """Say on a line how many held-out prompts training sees, compared by their words."""
+    trained = {normalised(prompt.text) for prompt in train}
+    shared = [prompt for prompt in heldout if normalised(prompt.text) in trained]
+    if shared:
+        display.line(
+            f"prompts.heldout: {len(shared)} of {len(heldout)} prompts are in prompts.train as "
+            f"well (the first: {shared[0].prompt_id!r}); the comparison will flatter the agent"
+        )

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mara_rl.atomic_write import write_atomically
 from mara_rl.errors import ConfigError
+from mara_rl.file_lock import held
 from mara_rl.home import mara_home
 from mara_rl.tracking.flat_values import flat_params
 from mara_rl.training.config import TrainConfig, load_config
@@ -133,19 +134,12 @@ class RunFolder:
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[None]:
-        """Keep all other processes from training in this folder, also on other machines.
-
-        The system gives the folder free when this process ends, however it ends. Raises ConfigError
-        when another one has it.
-        """
-        with open(self.path / _LOCK, "w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(
-                    f"run {self.name!r} is being trained by another process; expected one that is "
-                    f"stopped (`mara-rl status {self.name}` tells how far it is)"
-                ) from None
+        """Keep all other processes from training in this folder; see `held`."""
+        refusal = (
+            f"run {self.name!r} is being trained by another process; expected one that is "
+            f"stopped (`mara-rl status {self.name}` tells how far it is)"
+        )
+        with held(self.path / _LOCK, refusal):
             yield
 
     def is_claimed(self) -> bool:

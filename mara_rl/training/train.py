@@ -28,7 +28,7 @@ from mara_rl.training.learner_weights import LearnerWeights
 from mara_rl.training.lost_part import LostPart
 from mara_rl.training.ppo import build_algorithm
 from mara_rl.training.ppo_phase import PPOPhase
-from mara_rl.training.prompt_sets import fitting_prompts
+from mara_rl.training.prompt_sets import fitting_prompts, tell_of_shared_prompts
 from mara_rl.training.rollout_group import RolloutGroup, derived_seed, seed_everything
 from mara_rl.training.run_folder import RunFolder, RunOutcome, remove_folder
 from mara_rl.training.run_names import EXPERIMENT, queue_name
@@ -62,6 +62,7 @@ def train(
     heldout_prompts = []
     if config.evaluation:
         heldout_prompts = load_prompts(config.prompts.heldout, "heldout")
+        tell_of_shared_prompts(train_prompts, heldout_prompts, display)
         for judge in config.evaluation.judges.values():
             score_model_folder(judge)  # a wrong name ends the run now, not after training
     spec = config.agent_spec(llm_hidden_size(config.llm.name))

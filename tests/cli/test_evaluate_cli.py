@@ -25,6 +25,7 @@ from mara_rl.errors import DataError
 from mara_rl.evaluation import judging
 from mara_rl.evaluation.console import warnings
 from mara_rl.evaluation.plots import frontier_points
+from mara_rl.file_lock import held
 from mara_rl.policy_llm import load_policy_llm
 from mara_rl.tracking.registry import AgentRegistry
 from mara_rl.tracking.run import TrackingRun
@@ -464,14 +465,52 @@ def test_judges_may_be_services_behind_urls(evaluate, made, tmp_path, monkeypatc
 def test_refusals_nobody_can_judge_are_told():
     def figures(share: float, kinds: dict) -> dict:
         return {
-            "prompts": {"seen_in_training": [], "n": 40},
+            "prompts": {"seen_in_training": [], "n": 40}
+            | {"source": "packaged", "training_prompts": "packaged"},
             "flags": {},
             "judges": {"one": {"training": False}},
-            "methods": {"agent": {"answers": {"refusal_share": share, "by_kind": kinds}}},
+            "methods": {
+                "agent": {"kind": "agent", "answers": {"refusal_share": share, "by_kind": kinds}}
+            },
         }
 
     assert warnings(figures(0.3, {})) == warnings(figures(0.4, {"harmful": {}})) == []
     assert warnings(figures(0.4, {}))[0].startswith("agent refuses 40%; the prompts have no kind")
+
+
+def test_where_leaks_were_not_looked_for_is_told():
+    def told(source: str, training: str | None, kind: str) -> list[str]:
+        sources = {"source": source, "training_prompts": training}
+        return warnings(
+            {
+                "prompts": {"seen_in_training": [], "n": 40} | sources,
+                "flags": {},
+                "judges": {"one": {"training": False}},
+                "methods": {"m": {"kind": kind, "answers": {"refusal_share": 0, "by_kind": {}}}},
+            }
+        )
+
+    [line] = told("mine.jsonl", "packaged", "agent")
+    assert "--set training_prompts=FILE" in line
+    for source, training, kind in (
+        ("packaged", "packaged", "agent"),
+        ("mine.jsonl", "train.jsonl", "agent"),
+        ("mine.jsonl", None, "agent"),  # as the user wants it
+        ("mine.jsonl", "packaged", "base"),
+    ):
+        assert told(source, training, kind) == []
+
+
+def test_one_process_at_a_time_has_the_folder(evaluate, made, tmp_path):
+    arguments = [*common(made), "--methods", "base,agent", "--out", tmp_path]
+    assert evaluate(*arguments)[0] == 0
+    answers = (tmp_path / "answers" / "agent.jsonl").read_bytes()
+    with held(tmp_path / "lock", "refused"):
+        status, _, err = evaluate(*arguments)
+    assert status == 1
+    assert f"{tmp_path} is being evaluated by another process" in " ".join(err.split())
+    assert (tmp_path / "answers" / "agent.jsonl").read_bytes() == answers
+    assert evaluate(*arguments)[0] == 0
 
 
 def test_prompts_seen_in_training_are_told_or_dropped(evaluate, made, tmp_path):

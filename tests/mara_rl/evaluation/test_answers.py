@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -98,3 +99,14 @@ def test_a_file_that_is_missing_or_no_json(tmp_path):
     (tmp_path / "bad.jsonl").write_text("{")
     with pytest.raises(DataError, match="line 1: not JSON"):
         read_foreign_answers(str(tmp_path / "bad.jsonl"), PROMPTS)
+
+
+def test_files_that_other_programs_wrote(tmp_path):
+    """A byte order mark is no matter, another encoding is named."""
+    path = foreign(tmp_path, [A, B])
+    text = Path(path).read_text(encoding="utf-8")
+    Path(path).write_text(text, encoding="utf-8-sig")
+    assert len(read_foreign_answers(path, PROMPTS)) == len(PROMPTS)
+    Path(path).write_text(text.replace("}", ', "note": "é"}', 1), encoding="latin-1")
+    with pytest.raises(DataError, match=r"not UTF-8 text \('utf-8' codec can't decode byte"):
+        read_foreign_answers(path, PROMPTS)

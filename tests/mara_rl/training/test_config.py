@@ -51,6 +51,9 @@ def test_unknown_preset_lists_the_known(tmp_path: Path) -> None:
     broken.write_text("a: [1", encoding="utf-8")
     with pytest.raises(ConfigError, match="not YAML"):
         load_config(str(broken))
-    broken.write_text("- 1", encoding="utf-8")
+    broken.write_text("a: é", encoding="latin-1")
+    with pytest.raises(ConfigError, match="not UTF-8 text"):
+        load_config(str(broken))
+    broken.write_text("- 1", encoding="utf-8-sig")
     with pytest.raises(ConfigError, match="expected a mapping"):
         load_config(str(broken))
