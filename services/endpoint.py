@@ -1,6 +1,7 @@
 """One replica of the endpoint: a backend that loads, answers, and may break."""
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from services.endpoint_metrics import EndpointMetrics
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.1
+_ASK_S = 5.0
 
 
 class Endpoint:
@@ -46,6 +48,7 @@ class Endpoint:
         self.log_text = log_text
         self._make_backend = make_backend
         self._others_loaded = others_loaded
+        self._asking = asyncio.Lock()
         self._backend: Backend | None = None
         self._failure: str | None = None
 
@@ -75,10 +78,16 @@ class Endpoint:
 
     async def settled_backend(self) -> Backend:
         """`backend`, waited for if others have loaded: beside them a 503 would be a surprise."""
-        if self._loading and await asyncio.to_thread(self._others_loaded):
+        if self._loading and await self._beside_loaded():
             while self._loading:
                 await asyncio.sleep(_POLL_S)
         return self.backend()
+
+    async def _beside_loaded(self) -> bool:
+        async with self._asking:  # one request at a time: many come while it loads
+            with contextlib.suppress(TimeoutError):
+                return await asyncio.wait_for(asyncio.to_thread(self._others_loaded), _ASK_S)
+            return False
 
     def check(self) -> None:
         """Raise RuntimeError when this replica is broken and should be replaced."""

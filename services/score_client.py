@@ -54,13 +54,13 @@ class ScoreClient:
         counters: since the start, ``calls`` and ``pairs``, and for each score ``retries/<name>``
             (attempts beyond the first), ``missing/<name>`` (pairs without an answer in time) and
             ``non_finite/<name>`` (pairs whose answer was NaN or infinite).
-        last_retry: why a score was last asked for again; "" before it ever was.
     """
 
     def __init__(self, config: ScoreClientConfig) -> None:
         self.names = tuple(config.sources)
         self.counters: Counter[str] = Counter()
-        self.last_retry = ""
+        self._retries = 0  # not yet taken
+        self._last_retry = ""
         self._config = config
         self._sources: dict[str, ScoreSource] = {}
 
@@ -102,6 +102,11 @@ class ScoreClient:
             raise RetryableError("; ".join(failures))
         return scores
 
+    def take_retries(self) -> tuple[int, str]:
+        """How often scores were asked for again since the last call, and why the last time."""
+        taken, self._retries = self._retries, 0
+        return taken, self._last_retry
+
     def _source(self, name: str) -> ScoreSource:
         if name not in self._sources:
             try:
@@ -116,8 +121,9 @@ class ScoreClient:
         def count_retry(state: RetryCallState) -> None:
             self.counters[f"retries/{name}"] += 1
             failure = state.outcome.exception() if state.outcome else None
-            self.last_retry = f"score {name!r} from {source}: {failure}"
-            logger.warning("%s; it is asked for again", self.last_retry)
+            self._retries += 1
+            self._last_retry = f"score {name!r} from {source}: {failure}"
+            logger.warning("%s; it is asked for again", self._last_retry)
 
         retrying = Retrying(
             retry=retry_if_exception_type(RetryableError),

@@ -16,6 +16,8 @@ _SHOWN = (
     "rollout/reward",
     "rollout/accept_rate",
     "rollout/failed_answers",
+    "rollout/scoring_retries",
+    "faults/attempts_without_update",
     "learner/kl_per_token",
     "learner/explained_variance",
     "time/iteration_s",

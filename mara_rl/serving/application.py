@@ -1,18 +1,24 @@
 """The endpoint as a Ray Serve application: what ``import_path`` of a Serve config names."""
 
+import logging
 import time
 from typing import TYPE_CHECKING
 
 from ray import serve
+from ray.exceptions import RayError
 from ray.serve.config import BackpressureConfig
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ReplicaState
 
+from mara_rl.errors import first_line
 from mara_rl.serving.config import EndpointConfig
 from mara_rl.serving.endpoint import log_requests, make_endpoint
 from services.openai_api import create_api
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
+
+logger = logging.getLogger(__name__)
 
 _SPARE_REQUESTS = 64  # beyond slots and waiting: refusals, health, metrics, the page
 
@@ -33,7 +39,7 @@ class AlignedLLM:
         )
         # Ray Serve sends requests once this returns. While no replica can answer, the first one
         # says so itself (503); all others come when they have loaded, so nobody notices them.
-        if context.rank.rank == 0 and not _running_replicas():
+        if config.alone or (context.rank.rank == 0 and not _running_replicas()):
             self._endpoint.load_in_background()
         else:
             self._endpoint.load()
@@ -51,10 +57,18 @@ class AlignedLLM:
 
 
 def _running_replicas() -> int:
-    """How many replicas of the deployment that this process is part of get requests."""
+    """How many replicas of the deployment that this process is part of get requests.
+
+    0 where Ray Serve's controller does not say.
+    """
     context = serve.get_replica_context()
-    application = serve.status().applications[context.app_name]
-    return application.deployments[context.deployment].replica_states.get(ReplicaState.RUNNING, 0)
+    try:
+        deployments = serve.status().applications[context.app_name].deployments
+        states = deployments[context.deployment].replica_states
+    except (RayError, RayServeException, KeyError) as error:
+        logger.warning("how many replicas run is not known: %s", first_line(error))
+        return 0
+    return states.get(ReplicaState.RUNNING, 0)
 
 
 def application(config: EndpointConfig) -> serve.Application:

@@ -55,3 +55,8 @@ class EndpointConfig(ReplicaConfig):
             return cls.model_validate(values)
         except ValidationError as error:
             raise ConfigError(f"endpoint: {first_problem(error)}") from error
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is one replica only."""
+        return self.num_replicas == 1 and self.max_replicas is None

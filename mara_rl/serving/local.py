@@ -12,7 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 
-from mara_rl.errors import ConfigError, first_line
+from mara_rl.errors import ConfigError
 from mara_rl.serving.config import EndpointConfig
 from services.api_keys import KEYS_VARIABLE, configured_keys
 from services.ray_session import check_resources, ray_session
@@ -69,10 +69,8 @@ def serve_locally(
         serve.start(proxy_location="HeadOnly", http_options={"host": host, "port": port})
         if services:
             deploy_scores(services)
-        try:
-            serve.run(application(config), name=APP, route_prefix="/")
-        except RuntimeError as error:
-            raise ConfigError(f"the endpoint did not start: {_last_line(error)}") from error
+        target = serve.RunTarget(application(config), name=APP, route_prefix="/")
+        serve.run_many([target], wait_for_applications_running=False)
         url = f"http://{f'[{host}]' if ':' in host else host}:{port}"
         announce(f"loading {config.llm}; request log: {config.log_file or 'standard error'}")
         _wait_until_loaded(url, ending)
@@ -122,12 +120,19 @@ def ending_signal() -> Iterator[threading.Event]:
 
 
 def _wait_until_loaded(url: str, ending: threading.Event) -> None:
-    """Raise ConfigError where the endpoint says that it is broken."""
+    """Wait for all replicas. Raises ConfigError where one says that it is broken."""
+    from ray import serve
+    from ray.serve.schema import ApplicationStatus
+
     deadline_s = time.monotonic() + _LOAD_TIMEOUT_S
     while not ending.wait(_POLL_S):
+        application = serve.status().applications[APP]
+        if application.status == ApplicationStatus.DEPLOY_FAILED:
+            raise ConfigError(f"the endpoint did not start: {_last_line(application.message)}")
         try:
             with urllib.request.urlopen(f"{url}/health", timeout=10):
-                return
+                if application.status == ApplicationStatus.RUNNING:
+                    return
         except urllib.error.HTTPError as error:
             if error.code == 500:
                 message = json.loads(error.read())["error"]["message"]
@@ -138,7 +143,7 @@ def _wait_until_loaded(url: str, ending: threading.Event) -> None:
             raise ConfigError(f"the endpoint has not loaded within {_LOAD_TIMEOUT_S:g} s")
 
 
-def _last_line(error: BaseException) -> str:
+def _last_line(message: str) -> str:
     """Serve puts a replica's traceback into its message; the error is at its end."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else first_line(error)
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return lines[-1] if lines else "Ray Serve does not say why"

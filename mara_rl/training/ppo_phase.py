@@ -1,7 +1,6 @@
 """The PPO phase: iterations, metrics, checkpoints that are barriers."""
 
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ from mara_rl.training.checkpoint import TrainState, save_checkpoint
 from mara_rl.training.config import TrainConfig
 from mara_rl.training.learner_weights import LearnerWeights
 from mara_rl.training.lost_part import LostPart
-from mara_rl.training.rollout_group import FAULTS, RolloutGroup
+from mara_rl.training.rollout_group import Faults, RolloutGroup
 from mara_rl.training.run_folder import RunFolder
 from mara_rl.training.runner_errors import RunnerErrors, cause
 from services.prompt_queue import PromptQueue, QueueLost
@@ -50,7 +49,8 @@ class PPOPhase:
         self._state = state
         self._display = display
         self._trained_rows = 0.0
-        self._faults: Counter[str] = Counter()  # since the last update
+        self._faults = Faults()  # since the last update
+        self._attempts = 0  # at an update, in vain
         self._runner_errors = RunnerErrors()
         self._outage = ""
         self._known_causes = ""
@@ -75,7 +75,7 @@ class PPOPhase:
                 started_s = time.monotonic()
                 figures = self._iterate()
                 queue_figures = self._queue_figures()
-                self._faults.update(self._runners.take_faults())
+                self._faults += self._runners.take_faults()
                 if figures is None:
                     if not self._weights.learners_alive():
                         raise LostPart("the learner is gone")
@@ -85,6 +85,7 @@ class PPOPhase:
                             f"no update for {ppo.no_progress_timeout_s:g} s "
                             f"(ppo.no_progress_timeout_s); checkpoint {state.iteration} is saved"
                         )
+                    self._attempts += 1
                     self._explain_no_progress()
                     check_interrupt()
                     time.sleep(_RETRY_WAIT_S)
@@ -97,8 +98,10 @@ class PPOPhase:
                 self._tell_of_faults()
                 self._tell_of_restarts(figures)
                 figures |= queue_figures
-                figures |= {f"rollout/{fault}": float(self._faults[fault]) for fault in FAULTS}
-                self._faults.clear()
+                figures["rollout/failed_answers"] = float(self._faults.failed_answers)
+                figures["rollout/scoring_retries"] = float(self._faults.scoring_retries)
+                figures["faults/attempts_without_update"] = float(self._attempts)
+                self._faults, self._attempts = Faults(), 0
                 figures["faults/resumes"] = float(state.restarts)
                 figures["time/iteration_s"] = progress_s - started_s
                 figures["total/token_forwards"] = float(state.token_forwards)
@@ -169,16 +172,20 @@ class PPOPhase:
 
     def _tell_of_faults(self) -> None:
         iteration = self._state.iteration
-        if failed := self._faults["failed_answers"]:
+        failed, retries, causes = self._faults
+        if failed:
             self._display.line(
                 f"iteration {iteration}: {failed} answers failed and were not trained on: "
                 f"{self._causes()}"
             )
-        if retries := self._faults["scoring_retries"]:
+        if retries:
             self._display.line(
                 f"iteration {iteration}: scores were asked for again {retries} times: "
-                f"{'; '.join(self._runners.last_retries())}"
+                f"{'; '.join(sorted(causes))}"
             )
+        if self._outage:
+            self._display.line(f"iteration {iteration}: {self._outage}")
+            self._outage = ""
 
     def _tell_of_restarts(self, figures: dict[str, float]) -> None:
         restarts = self._algorithm.env_runner_group.num_remote_worker_restarts()

@@ -7,7 +7,7 @@ import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import ray
@@ -23,10 +23,30 @@ from mara_rl.decoding.request import DecodeRequest, DecodeSettings
 from mara_rl.errors import MaraError, RetryableError
 from mara_rl.training.config import TrainConfig
 
-FAULTS = ("failed_answers", "scoring_retries")
 _MAX_ATTEMPTS = 3
 _PING_TIMEOUT_S = 10.0
 _RETRY_WAIT_S = 1.0
+
+
+class Faults(NamedTuple):
+    """What went wrong in rollout actors.
+
+    Attributes:
+        failed_answers: how many answers failed.
+        scoring_retries: how often scores were asked for again.
+        retry_causes: why, one line from every actor that had to.
+    """
+
+    failed_answers: int = 0
+    scoring_retries: int = 0
+    retry_causes: frozenset[str] = frozenset()
+
+    def __add__(self, other: "Faults") -> "Faults":  # type: ignore[override]
+        return Faults(
+            self.failed_answers + other.failed_answers,
+            self.scoring_retries + other.scoring_retries,
+            self.retry_causes | other.retry_causes,
+        )
 
 
 class RolloutGroup:
@@ -197,30 +217,25 @@ class RolloutGroup:
                 )
             time.sleep(_RETRY_WAIT_S)
 
-    def take_faults(self) -> dict[str, int]:
-        """How many answers failed and how often scores were asked for again since the last call.
+    def take_faults(self) -> Faults:
+        """What went wrong since the last call.
 
-        RLlib's metrics leave out iterations without samples, which is where most of them are. What
-        an actor that died had counted is lost.
+        RLlib's metrics leave out iterations without samples, which is where most of it is. What an
+        actor had counted that died, or does not answer in time, is lost.
         """
-        counts = self._group.foreach_env_runner(
+        taken = self._group.foreach_env_runner(
             _take_faults, local_env_runner=False, timeout_seconds=_PING_TIMEOUT_S
         )
-        return {key: sum(count[key] for count in counts) for key in FAULTS}
+        return sum(taken, Faults())
 
     def last_failures(self) -> list[str]:
         """Why episodes failed lately, one line from every actor that saw a failure."""
-        return self._told(lambda runner: runner.env.unwrapped.task.last_failure)
-
-    def last_retries(self) -> list[str]:
-        """Why scores were asked for again lately, one line from every actor that had to."""
-        return self._told(lambda runner: runner.env.unwrapped.task.scorer.last_retry)
-
-    def _told(self, tell: Callable[[Any], str]) -> list[str]:
-        told = self._group.foreach_env_runner(
-            tell, local_env_runner=False, timeout_seconds=_PING_TIMEOUT_S
+        failures = self._group.foreach_env_runner(
+            lambda runner: runner.env.unwrapped.task.last_failure,
+            local_env_runner=False,
+            timeout_seconds=_PING_TIMEOUT_S,
         )
-        return sorted({line for line in told if line})
+        return sorted({failure for failure in failures if failure})
 
 
 def derived_seed(*parts: int) -> int:
@@ -258,12 +273,11 @@ def _restart(runner: Any, seed: int, iteration: int) -> None:
     seed_everything(runner._seed)
 
 
-def _take_faults(runner: Any) -> dict[str, int]:
+def _take_faults(runner: Any) -> Faults:
     task = runner.env.unwrapped.task
     failed, task.failed_answers = task.failed_answers, 0
-    counters = task.scorer.counters
-    retries = [counters.pop(key) for key in list(counters) if key.startswith("retries/")]
-    return dict(zip(FAULTS, (failed, sum(retries)), strict=True))
+    retries, cause = task.scorer.take_retries()
+    return Faults(failed, retries, frozenset([cause] if retries else []))
 
 
 def _fits_context(

@@ -200,6 +200,24 @@ def test_the_endpoint_over_ray_serve(tiny_llms, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.cluster
+def test_replicas_that_cannot_load_end_it_in_one_line(tiny_llms, tmp_path):
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_llms["llama"], broken)
+    (broken / "model.safetensors").write_bytes(b"no weights")
+    server = ServeProcess(tmp_path, *("--llm", broken, "--slots", 2, "--replicas", 2))
+    try:
+        assert server.process.wait(timeout=120) == 1
+        errors = [line for line in server.out.read_text().splitlines() if "error:" in line]
+        assert len(errors) == 1
+        assert re.match(
+            r"error: the endpoint did not start: loading failed: llm .*broken", errors[0]
+        )
+    finally:
+        server.kill()
+
+
+@pytest.mark.slow
+@pytest.mark.cluster
 def test_two_replicas_answer_as_one(tiny_llms, tmp_path, monkeypatch):
     monkeypatch.setenv("MARA_HOME", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -18,7 +18,7 @@ from mara_rl.training.checkpoint import TrainState, load_newest_checkpoint
 from mara_rl.training.config import load_config
 from mara_rl.training.lost_part import LostPart
 from mara_rl.training.ppo_phase import PPOPhase
-from mara_rl.training.rollout_group import FAULTS
+from mara_rl.training.rollout_group import Faults
 from mara_rl.training.run_folder import RunFolder
 from services.prompt_epochs import QueuePosition
 from services.prompt_queue import QueueLost
@@ -67,7 +67,7 @@ def phase_of(algorithm: FakeAlgorithm, out: io.StringIO) -> PPOPhase:
         folder=unused,
         algorithm=algorithm,
         weights=SimpleNamespace(learners_alive=lambda: True),
-        runners=SimpleNamespace(last_failures=list, take_faults=dict),
+        runners=SimpleNamespace(last_failures=list, take_faults=Faults),
         queue=QuietQueue(),
         redis_url="redis://localhost",
         tracking=SimpleNamespace(unsent=[]),
@@ -112,27 +112,22 @@ def test_faults_of_iterations_without_an_update_count_in_the_next(
     monkeypatch.setattr(ppo_phase, "_RETRY_WAIT_S", 0.0)
     out, logged = io.StringIO(), []
     outcomes = [{}, RetryableError("Redis is away"), update(rows=7), update(rows=9)]
-    faults = iter([(3, 2), (0, 0), (1, 1), (0, 0)])
+    cause = "score 'cost' from app 'cost': ActorDiedError"
+    faults = iter([Faults(3, 2, frozenset([cause])), Faults(), Faults(1, 1), Faults()])
     phase = phase_of(FakeAlgorithm(*outcomes), out)
     phase._algorithm.env_runner_group.num_remote_worker_restarts = lambda: 0
     phase._runners = SimpleNamespace(
-        take_faults=lambda: dict(zip(FAULTS, next(faults), strict=True)),
-        last_retries=lambda: ["score 'cost' from app 'cost': ActorDiedError"],
+        take_faults=lambda: next(faults),
         last_failures=lambda: ["no answer within 2 s"],
     )
     phase._tracking.log_metrics = lambda figures, step: logged.append(figures)
     monkeypatch.setattr(phase, "save", lambda: None)
     phase.run(check_interrupt=lambda: None)
-    assert [[figures[f"rollout/{fault}"] for fault in FAULTS] for figures in logged] == [
-        [4, 3],
-        [0, 0],
-    ]
+    names = "rollout/failed_answers", "rollout/scoring_retries", "faults/attempts_without_update"
+    assert [[figures[name] for name in names] for figures in logged] == [[4, 3, 2], [0, 0, 0]]
     lines = out.getvalue()
     assert "iteration 5: 4 answers failed and were not trained on: no answer within 2 s" in lines
-    assert (
-        "iteration 5: scores were asked for again 3 times: "
-        "score 'cost' from app 'cost': ActorDiedError" in lines
-    )
+    assert f"iteration 5: scores were asked for again 3 times: {cause}" in lines
     assert lines.count("asked for again") == 1
 
 

@@ -1,6 +1,5 @@
 """Answers come back in the prompts' order, whichever actors fail on the way."""
 
-from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +9,7 @@ from mara_rl.decoding.answer import DecodedAnswer
 from mara_rl.errors import DataError, RetryableError
 from mara_rl.training import rollout_group
 from mara_rl.training.config import load_config
-from mara_rl.training.rollout_group import RolloutGroup
+from mara_rl.training.rollout_group import Faults, RolloutGroup
 
 SLOTS = 4
 
@@ -117,11 +116,11 @@ class TaskActors(FakeActors):
             SimpleNamespace(
                 failed_answers=failed,
                 last_failure="",
-                scorer=SimpleNamespace(counters=Counter(counters), last_retry=told),
+                scorer=SimpleNamespace(take_retries=retries.pop),
             )
-            for failed, counters, told in (
-                (2, {"calls": 9, "retries/reward": 3, "retries/cost": 1}, "score 'cost': gone"),
-                (0, {"calls": 4}, ""),
+            for failed, retries in (
+                (2, [(0, "gone"), (3, "gone")]),
+                (0, [(2, "away"), (1, "late")]),
             )
         ]
 
@@ -134,10 +133,7 @@ class TaskActors(FakeActors):
 
 def test_faults_are_taken_once() -> None:
     actors = TaskActors()
-    assert group(actors).take_faults() == {"failed_answers": 2, "scoring_retries": 4}
+    assert group(actors).take_faults() == Faults(2, 4, frozenset(["gone", "late"]))
     actors.tasks[1].failed_answers += 1
-    actors.tasks[0].scorer.counters["retries/cost"] += 1
-    assert group(actors).take_faults() == {"failed_answers": 1, "scoring_retries": 1}
-    assert actors.tasks[0].scorer.counters["calls"] == 9
-    assert group(actors).last_retries() == ["score 'cost': gone"]
+    assert group(actors).take_faults() == Faults(1, 2, frozenset(["away"]))
     assert group(actors).last_failures() == []
