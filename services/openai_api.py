@@ -5,9 +5,10 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.security import HTTPBearer
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
@@ -75,12 +76,12 @@ def _add_answers(api: FastAPI, endpoint: Endpoint) -> None:
             answers.cancel()
         return Response(whole.model_dump_json(exclude_unset=True), media_type="application/json")
 
-    @api.post("/v1/chat/completions", response_model=ChatCompletion, responses=_ERRORS)
+    @api.post("/v1/chat/completions", response_model=ChatCompletion, **_STREAMS)
     async def chat_completions(request: Request, body: ChatRequest) -> Response:
         """An answer to a conversation; with ``stream`` server-sent events."""
         return await answer(request, body, ChatFormat)
 
-    @api.post("/v1/completions", response_model=TextCompletion, responses=_ERRORS)
+    @api.post("/v1/completions", response_model=TextCompletion, **_STREAMS)
     async def completions(request: Request, body: CompletionRequest) -> Response:
         """How raw text goes on; with ``stream`` server-sent events."""
         return await answer(request, body, TextFormat)
@@ -91,7 +92,7 @@ def _add_models(api: FastAPI, endpoint: Endpoint) -> None:
         name = backend.llm_name
         return ModelCard(id=name, created=backend.deployed, root=name, kind="llm")
 
-    @api.get("/v1/models", responses=_ERRORS)
+    @api.get("/v1/models", **_KEYED)
     async def models() -> ModelList:
         """The LLM, then agents."""
         backend = await endpoint.settled_backend()
@@ -101,7 +102,7 @@ def _add_models(api: FastAPI, endpoint: Endpoint) -> None:
         ]
         return ModelList(data=[llm_card(backend), *cards])
 
-    @api.get("/v1/models/{model:path}", responses=_ERRORS)
+    @api.get("/v1/models/{model:path}", **_KEYED)
     async def model(model: str) -> ModelCard:
         """One of them, or any other version of an agent."""
         backend = await endpoint.settled_backend()
@@ -177,3 +178,8 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     500: _ERROR | {"description": "the decoder broke, or the LLM failed on this prompt"},
     503: _ERROR | {"description": "loading, shutting down, or MLflow or scores are away"},
 }
+# `ApiGate` asks for the key; this tells clients that are made from the schema.
+_KEY = Security(HTTPBearer(auto_error=False, description="none where the server knows no keys"))
+_KEYED: dict[str, Any] = {"responses": _ERRORS, "dependencies": [_KEY]}
+_STREAM: dict[str, Any] = {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+_STREAMS: dict[str, Any] = _KEYED | {"responses": {200: _STREAM, **_ERRORS}}

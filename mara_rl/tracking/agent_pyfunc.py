@@ -1,7 +1,8 @@
 """The MLflow model of an agent (models from code): stored with each version, run by MLflow.
 
-Needs mlflow, torch, safetensors and numpy alone, so that anyone with these can load an agent from
-the registry. It therefore repeats `AcceptNetwork` in a few lines instead of importing it.
+Needs mlflow (with its numpy) and torch alone, so that anyone with these can load an agent from the
+registry. It therefore repeats `AcceptNetwork` in a few lines instead of importing it, and reads the
+weights by itself.
 """
 
 import json
@@ -12,7 +13,6 @@ import mlflow
 import numpy as np
 import torch
 from mlflow.pyfunc import PythonModel, PythonModelContext
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -28,7 +28,7 @@ class AcceptModel(PythonModel):
     def load_context(self, context: PythonModelContext) -> None:
         spec = json.loads(Path(context.artifacts["spec"]).read_text(encoding="utf-8"))
         self.head = spec["agent"]["head"]
-        self.weights = load_file(context.artifacts["weights"])
+        self.weights = _tensors(Path(context.artifacts["weights"]))
 
     # The hint says "no schema to be had from hints" to MLflow, which warns about any other; what
     # comes is a dict of arrays, checked against the logged signature.
@@ -57,6 +57,22 @@ class AcceptModel(PythonModel):
             return logits[..., 1], logits[..., 0]
         own = logits[..., 1] - logits[..., 0]
         return own, own
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, all float32. Raises ValueError where they are not."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for key, about in header.items():
+        if about["dtype"] != "F32":
+            raise ValueError(f"{path}: {key} is {about['dtype']}; expected F32")
+        begin, end = (start + offset for offset in about["data_offsets"])
+        values = np.frombuffer(content[begin:end], "<f4").reshape(about["shape"])
+        tensors[key] = torch.from_numpy(values.copy())
+    return tensors
 
 
 mlflow.models.set_model(AcceptModel())

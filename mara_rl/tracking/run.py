@@ -156,7 +156,7 @@ class TrackingRun:
 
         The model maps ``h`` (N, H), ``base_logit`` (N,) and, for heads that read it, ``h_prefix``
         (N, H), all float32, to accept probabilities (N,). ``mlflow.pyfunc.load_model`` needs
-        mlflow, torch, safetensors and numpy for it. Raises as `log_artifact`, and DataError when
+        mlflow, torch and numpy for it. Raises as `log_artifact`, and DataError when
         ``folder`` holds no agent.
         """
         spec, _ = read_agent_spec(folder)
@@ -286,5 +286,5 @@ def _example(spec: AgentSpec) -> dict[str, np.ndarray]:
 
 def _requirements() -> list[str]:
     """The pinned packages of the model, without local build tags such as ``+cpu``."""
-    packages = ("mlflow", "numpy", "safetensors", "torch")
+    packages = ("mlflow", "numpy", "torch")
     return [f"{p}=={re.sub(r'[+].*', '', importlib.metadata.version(p))}" for p in packages]

@@ -68,6 +68,7 @@ import sys
 class OnlyMlflowAndTorch:
     def find_spec(self, name, path=None, target=None):
         barred = ("mara_rl", "envs", "services", "ray", "transformers", "redis", "gymnasium")
+        barred += ("safetensors",)
         if name.partition(".")[0] in barred:
             raise ModuleNotFoundError(f"barred: {name}")
 

@@ -35,6 +35,18 @@ def endpoint(tiny_llms):
     endpoint.close()
 
 
+def test_the_schema_tells_of_keys_and_streams(endpoint):
+    schema = create_api(endpoint).openapi()
+    [(name, scheme)] = schema["components"]["securitySchemes"].items()
+    assert (scheme["type"], scheme["scheme"]) == ("http", "bearer")
+    for path, routes in schema["paths"].items():
+        for route in routes.values():
+            assert route.get("security", []) == ([{name: []}] if path.startswith("/v1/") else [])
+    for path in ROUTES["POST"]:
+        content = schema["paths"][path]["post"]["responses"]["200"]["content"]
+        assert set(content) == {"application/json", "text/event-stream"}
+
+
 @pytest.mark.parametrize(
     ("method", "path"), [(method, path) for method, paths in ROUTES.items() for path in paths]
 )

@@ -1,6 +1,7 @@
 import math
 import os
 import pickle
+import re
 import signal
 import sys
 import threading
@@ -222,6 +223,9 @@ class TestOnCluster:
         assert scorer.counters["missing/cost"] == 2
         assert scorer.counters["missing/reward"] == 0
         assert scorer.counters["retries/cost"] == 1
+        retries, cause = scorer.take_retries()
+        assert (retries, scorer.take_retries()[0]) == (1, 0)
+        assert re.match(r"score 'cost' from .*: no answer within", cause)
 
         began = time.monotonic()
         with pytest.raises(RetryableError, match=r"'reward' .*no answer within .*'cost' .*no ans"):
