@@ -24,7 +24,7 @@ class EndpointMetrics:
     def __init__(self, replica: str) -> None:
         disable_created_metrics()
         self._registry = CollectorRegistry()
-        ProcessCollector(registry=self._registry)  # memory, CPU seconds, open files
+        self._registry.register(_ProcessOfReplica(replica))
         self._replica = replica
         self._requests = Counter(
             "mara_requests",
@@ -63,6 +63,22 @@ class EndpointMetrics:
     def text(self) -> bytes:
         """In Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+class _ProcessOfReplica(ProcessCollector):
+    """Memory, CPU seconds and open files of this process, as those of a replica."""
+
+    def __init__(self, replica: str) -> None:
+        super().__init__(registry=None)
+        self._replica = replica
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in super().collect():
+            metric.samples = [
+                sample._replace(labels={**sample.labels, "replica": self._replica})
+                for sample in metric.samples
+            ]
+            yield metric
 
 
 class _LoopCollector:

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 import ray
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from services.endpoint_metrics import EndpointMetrics
 
 DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana" / "mara-rl.json"
-FUNCTIONS = {"histogram_quantile", "increase", "rate", "sum", "by", "le"}
+FUNCTIONS = {"histogram_quantile", "increase", "rate", "last_over_time", "max", "sum", "by", "le"}
 
 
 def dashboard() -> dict[str, Any]:
@@ -75,6 +76,31 @@ def test_every_metric_is_exported_by_something(
         "mara_time_to_first_token_seconds_count",
         "mara_time_to_first_token_seconds_sum",
     } <= used, "a metric of the endpoint has no panel"
+
+
+def test_gauges_of_the_endpoint_outlast_scrapes_of_other_replicas() -> None:
+    """A scrape reaches one replica; what the others said last would be gone at once."""
+    gauges = "mara_slots", "mara_slots_in_use", "mara_waiting_answers", "process_resident"
+    found = [expr for _, expr in expressions() if any(name in expr for name in gauges)]
+    assert len(found) == len(gauges)
+    assert all("max by (replica) (last_over_time(" in expr for expr in found)
+
+
+def test_prometheus_scrapes_the_ports_that_the_endpoint_and_ray_start_with() -> None:
+    deploy = DASHBOARD.parents[1]
+    config = yaml.safe_load((deploy / "prometheus.yaml").read_text())
+    ports = {
+        job["job_name"]: {
+            target.rpartition(":")[2] for target in job["static_configs"][0]["targets"]
+        }
+        for job in config["scrape_configs"]
+    }
+    serve = yaml.safe_load((deploy / "serve.yaml").read_text())
+    assert ports == {"mara-endpoint": {str(serve["http_options"]["port"])}, "ray": {"8080"}}
+    for file in (deploy / "compose.yaml", deploy / "ray-cluster.yaml"):
+        text = file.read_text()
+        starts = re.findall(r"ray start --|- start\n", text)
+        assert text.count("--metrics-export-port=8080") == len(starts) > 0, file.name
 
 
 def test_labels_are_those_of_the_metric(own_metrics: dict[str, set[str]]) -> None:

@@ -328,6 +328,24 @@ def test_the_compose_file_is_sound_and_open_on_loopback_only() -> None:
         assert f"${{{variable}:?" in (DEPLOY / "compose.yaml").read_text(), "it must be given"
 
 
+def test_gpus_are_given_to_a_service_that_there_is() -> None:
+    services = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
+    extra = yaml.safe_load((DEPLOY / "compose.gpu.yaml").read_text())
+    assert extra == {"services": {"node": {"gpus": "all"}}}
+    assert extra["services"].keys() <= services.keys()
+
+
+def test_llms_of_a_hub_can_be_loaded_wherever_llms_run() -> None:
+    ray_pods = [c for c in containers() if c["name"].startswith("ray-")]
+    assert len(ray_pods) == 4
+    for container in ray_pods:
+        environment = {env["name"]: env for env in container["env"]}
+        assert environment["HF_HOME"]["value"].startswith("/runs/")
+        assert environment["HF_TOKEN"]["valueFrom"]["secretKeyRef"]["optional"]
+    node = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]["node"]
+    assert {"HF_HOME", "HF_TOKEN"} <= node["environment"].keys()
+
+
 def test_the_dockerfile_is_pinned_and_runs_without_root() -> None:
     steps = DockerfileParser(str(DEPLOY / "Dockerfile")).structure
     steps = [step for step in steps if step["instruction"] != "COMMENT"]
