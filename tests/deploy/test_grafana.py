@@ -105,7 +105,8 @@ def test_prometheus_scrapes_the_ports_that_the_endpoint_and_ray_start_with() -> 
 
 def test_labels_are_those_of_the_metric(own_metrics: dict[str, set[str]]) -> None:
     for title, expression in expressions():
-        grouped = {
+        matched = set(re.findall(r"(\w+)!?=~?\"", expression))
+        grouped = matched | {
             label.strip()
             for group in re.findall(r"\bby \(([^)]*)\)", expression)
             for label in group.split(",")
