@@ -28,8 +28,8 @@ def serve(
         list[str] | None,
         typer.Option(
             "--score",
-            help="A score model to run as well, as NAME=MODEL, e.g. reward=smollm2-reward. "
-            "Repeatable.",
+            help="A score model to run as well, as NAME=MODEL, e.g. reward=smollm2-reward, or "
+            "NAME=URL of a score service that runs. Repeatable.",
         ),
     ] = None,
     replicas: Annotated[int, typer.Option(help="Replicas, an LLM each.")] = 1,
@@ -49,14 +49,23 @@ def serve(
     allow_other_llm: Annotated[
         bool, typer.Option("--allow-other-llm", help="Let agents of another LLM of this size in.")
     ] = False,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Any other setting: a.b=value, e.g. limits.max_concurrent=4. Repeatable."
+        ),
+    ] = None,
 ) -> None:
     """Serve aligned answers in OpenAI's shape, and a page to see them, until Ctrl-C."""
+    from mara_rl.evaluation.plan import is_url
     from mara_rl.home import mara_home
     from mara_rl.policy_llm import SMOLLM2
     from mara_rl.serving.config import EndpointConfig
     from mara_rl.serving.local import serve_locally
+    from mara_rl.yaml_settings import read_settings
 
     models = _models(scores or [])
+    settings = read_settings("{}", "endpoint", overrides or [])
     log_file = mara_home() / "logs" / f"endpoint-{port}.jsonl"
     config = EndpointConfig.parse(
         {
@@ -71,10 +80,12 @@ def serve(
             "log_text": log_text,
             "log_file": log_file,
             "allow_other_llm": allow_other_llm,
-            "score_apps": {name: name for name in models},
+            "score_apps": {name: at if is_url(at) else name for name, at in models.items()},
+            **settings,
         }
     )
-    serve_locally(config, models, host=host, port=port, announce=print)
+    started = {name: model for name, model in models.items() if not is_url(model)}
+    serve_locally(config, started, host=host, port=port, announce=print)
 
 
 def _models(scores: list[str]) -> dict[str, str]:

@@ -33,7 +33,7 @@ class EndpointConfig(ReplicaConfig):
     )
     limits: ApiLimits = ApiLimits()
     score_apps: dict[str, str] = Field(
-        {}, description="score name to the Serve application that gives it, e.g. reward: reward"
+        {}, description="score name to the Serve application or URL that gives it"
     )
     score_timeout_s: float = Field(30.0, gt=0, description="time for the scores of one request")
     keys_file: Path | None = Field(

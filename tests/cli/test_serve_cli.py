@@ -63,6 +63,9 @@ def serve(monkeypatch, capsys):
         (("--score", "reward"), 2, "expected NAME=MODEL"),
         (("--score", "a=x", "--score", "a=y"), 2, "a is 'x' already"),
         (("--keys-file", "/no/such"), 1, "keys_file '/no/such'"),
+        (("--set", "limits.max_answers=x"), 1, r"endpoint: limits\.max_answers: .* not 'x'"),
+        (("--set", "polls=1"), 1, "endpoint: unknown key 'polls'"),
+        (("--set", "slots"), 1, "--set 'slots': expected key=value"),
     ],
 )
 def test_what_cannot_work_is_refused_at_once(serve, monkeypatch, arguments, status, message):
@@ -139,7 +142,7 @@ def test_the_endpoint_over_ray_serve(tiny_llms, tmp_path, monkeypatch):
     BeaverFolder(score).write()
     server = ServeProcess(
         tmp_path,
-        *("--llm", folder, "--slots", 2, "--threads", 1),
+        *("--llm", folder, "--slots", 2, "--threads", 1, "--set", "limits.max_answers=9"),
         *("--agent", f"local={tmp_path / 'agent-2'}", "--score", f"reward={score}"),
     )
     try:
@@ -149,6 +152,8 @@ def test_the_endpoint_over_ray_serve(tiny_llms, tmp_path, monkeypatch):
         assert [model.id for model in client.models.list()] == ["tiny-llm", "local", registered]
         with pytest.raises(openai.AuthenticationError):
             client.with_options(api_key="wrong-key-here").models.list()
+        with pytest.raises(openai.BadRequestError, match=r"\bn\b.* 9"):
+            client.chat.completions.create(model="local", messages=ASK, n=10)
         with pytest.raises(openai.BadRequestError, match="temperature"):
             client.chat.completions.create(model="local", messages=ASK, temperature=9)
 
