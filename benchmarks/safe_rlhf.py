@@ -201,7 +201,7 @@ def main() -> None:
     parts = ", ".join(f"{name} {spent / 60:.0f}" for name, spent in seconds.items())
     total_h = sum(seconds.values()) / 3600
     print(f"minutes: {parts}; {total_h:.1f} hours on {os.cpu_count()} cores in all")
-    for baseline in ("base", "best-of-4", "ppo-0"):
+    for baseline in ("base", "best-of-4", "best-of-16", "ppo-0"):
         if baseline in summary["methods"]:
             print(f"\nagainst {baseline}\n\n{table(summary, baseline, forwards)}")
 
