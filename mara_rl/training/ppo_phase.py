@@ -172,16 +172,16 @@ class PPOPhase:
 
     def _tell_of_faults(self) -> None:
         iteration = self._state.iteration
-        failed, retries, causes = self._faults
+        failed, retries, failure_causes, retry_causes = self._faults
         if failed:
             self._display.line(
                 f"iteration {iteration}: {failed} answers failed and were not trained on: "
-                f"{self._causes()}"
+                f"{'; '.join(sorted(failure_causes))}"
             )
         if retries:
             self._display.line(
                 f"iteration {iteration}: scores were asked for again {retries} times: "
-                f"{'; '.join(sorted(causes))}"
+                f"{'; '.join(sorted(retry_causes))}"
             )
         if self._outage:
             self._display.line(f"iteration {iteration}: {self._outage}")

@@ -34,17 +34,19 @@ class Faults(NamedTuple):
     Attributes:
         failed_answers: how many answers failed.
         scoring_retries: how often scores were asked for again.
-        retry_causes: why, one line from every actor that had to.
+        failure_causes, retry_causes: the last reason of every actor that had one.
     """
 
     failed_answers: int = 0
     scoring_retries: int = 0
+    failure_causes: frozenset[str] = frozenset()
     retry_causes: frozenset[str] = frozenset()
 
     def __add__(self, other: "Faults") -> "Faults":  # type: ignore[override]
         return Faults(
             self.failed_answers + other.failed_answers,
             self.scoring_retries + other.scoring_retries,
+            self.failure_causes | other.failure_causes,
             self.retry_causes | other.retry_causes,
         )
 
@@ -277,7 +279,8 @@ def _take_faults(runner: Any) -> Faults:
     task = runner.env.unwrapped.task
     failed, task.failed_answers = task.failed_answers, 0
     retries, cause = task.scorer.take_retries()
-    return Faults(failed, retries, frozenset([cause] if retries else []))
+    failures = frozenset([task.last_failure] if failed else [])
+    return Faults(failed, retries, failures, frozenset([cause] if retries else []))
 
 
 def _fits_context(

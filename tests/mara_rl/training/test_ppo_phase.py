@@ -113,7 +113,8 @@ def test_faults_of_iterations_without_an_update_count_in_the_next(
     out, logged = io.StringIO(), []
     outcomes = [{}, RetryableError("Redis is away"), update(rows=7), update(rows=9)]
     cause = "score 'cost' from app 'cost': ActorDiedError"
-    faults = iter([Faults(3, 2, frozenset([cause])), Faults(), Faults(1, 1), Faults()])
+    told = [frozenset([reason]) for reason in ("no answer within 2 s", cause, "not finite")]
+    faults = iter([Faults(3, 2, *told[:2]), Faults(), Faults(1, 1, told[2]), Faults()])
     phase = phase_of(FakeAlgorithm(*outcomes), out)
     phase._algorithm.env_runner_group.num_remote_worker_restarts = lambda: 0
     phase._runners = SimpleNamespace(
@@ -126,7 +127,10 @@ def test_faults_of_iterations_without_an_update_count_in_the_next(
     names = "rollout/failed_answers", "rollout/scoring_retries", "faults/attempts_without_update"
     assert [[figures[name] for name in names] for figures in logged] == [[4, 3, 2], [0, 0, 0]]
     lines = out.getvalue()
-    assert "iteration 5: 4 answers failed and were not trained on: no answer within 2 s" in lines
+    assert (
+        "iteration 5: 4 answers failed and were not trained on: no answer within 2 s; not finite"
+        in lines
+    )
     assert f"iteration 5: scores were asked for again 3 times: {cause}" in lines
     assert lines.count("asked for again") == 1
 

@@ -115,7 +115,7 @@ class TaskActors(FakeActors):
         self.tasks = [
             SimpleNamespace(
                 failed_answers=failed,
-                last_failure="",
+                last_failure="not finite" if failed else "",
                 scorer=SimpleNamespace(take_retries=retries.pop),
             )
             for failed, retries in (
@@ -133,7 +133,11 @@ class TaskActors(FakeActors):
 
 def test_faults_are_taken_once() -> None:
     actors = TaskActors()
-    assert group(actors).take_faults() == Faults(2, 4, frozenset(["gone", "late"]))
-    actors.tasks[1].failed_answers += 1
-    assert group(actors).take_faults() == Faults(1, 2, frozenset(["away"]))
-    assert group(actors).last_failures() == []
+    assert group(actors).take_faults() == Faults(
+        2, 4, frozenset(["not finite"]), frozenset(["gone", "late"])
+    )
+    actors.tasks[0].failed_answers += 1
+    assert group(actors).take_faults() == Faults(
+        1, 2, frozenset(["not finite"]), frozenset(["away"])
+    )
+    assert group(actors).last_failures() == ["not finite"]
