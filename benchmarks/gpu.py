@@ -1,8 +1,8 @@
 """Decoding and rollouts of an LLM of 7B shape on a GPU.
 
 Run with `python benchmarks/gpu.py`. The weights are random, in bfloat16, so nothing has to be
-downloaded; the output layer is scaled until candidate sets are about as large as a trained LLM's
-(`candidates a set`). The rates of a line are taken in turn in one process; quote the ratios.
+downloaded; the output layer is scaled (`--logit-scale`), so that candidates differ as a trained
+LLM's do. The rates of a line are taken in turn in one process; quote the ratios.
 
 - generate: greedy `generate` of transformers as it comes, left-padded where prompts are several.
 - aligned: `Decoder` with an agent (head advantage, random weights) and its own rule.
@@ -16,12 +16,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from decode import aligned, generate
-from rollout import NoScorer, bare_rate, rollout_rate
+from rollout import bare_rate, make_env, rollout_rate
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 
-from envs.list_prompt_source import ListPromptSource
-from envs.protocols import Prompt
-from envs.vector_env import TokenAcceptRejectVectorEnv
 from mara_rl.agent import Agent, AgentSpec
 from mara_rl.decoding.blend import Blend
 from mara_rl.decoding.decoder import Decoder
@@ -94,16 +91,7 @@ def forwards(llm: PolicyLLM, slots: int, width: int, steps: int) -> None:
 
 def rollouts(llm: PolicyLLM, slots: int, steps: int) -> None:
     agent = Agent(AgentSpec(hidden_size=llm.hidden_size, head="relative"))
-    prompts = [Prompt(p.prompt, p.id) for p in packaged_prompts("train")]
-    env = TokenAcceptRejectVectorEnv(
-        slots,
-        llm=llm,
-        max_new_tokens=40,
-        prefix=True,
-        prompts=lambda: ListPromptSource(prompts),
-        scorer=NoScorer(),
-    )
-    rollout = rollout_rate(env, agent, steps, np.random.default_rng(0))
+    rollout = rollout_rate(make_env(llm, slots), agent, steps, np.random.default_rng(0))
     bare = bare_rate(llm, slots, 64, steps)
     print(
         f"S={slots}: bare {bare:.0f} token-forwards/s, rollout {rollout:.0f}, "

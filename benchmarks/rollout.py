@@ -34,6 +34,19 @@ class NoScorer:
         return np.zeros((len(pairs), 2))
 
 
+def make_env(llm: PolicyLLM, slots: int) -> TokenAcceptRejectVectorEnv:
+    """On the packaged training prompts, without scores."""
+    prompts = [Prompt(p.prompt, p.id) for p in packaged_prompts("train")]
+    return TokenAcceptRejectVectorEnv(
+        slots,
+        llm=llm,
+        max_new_tokens=40,
+        prefix=True,
+        prompts=lambda: ListPromptSource(prompts),
+        scorer=NoScorer(),
+    )
+
+
 def bare_rate(llm: PolicyLLM, slots: int, length: int, steps: int) -> float:
     """Token-forwards per second of `SlotEngine.propose` with logits for all slots."""
     engine = SlotEngine(llm, slots)
@@ -80,17 +93,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     llm = load_policy_llm(args.llm, dtype=args.dtype)
     agent = Agent(AgentSpec(hidden_size=llm.hidden_size, head="relative"))
-    prompts = [Prompt(p.prompt, p.id) for p in packaged_prompts("train")]
     print(f"{args.llm} {args.dtype} on {llm.device}, {args.threads} threads")
     for slots in args.slots:
-        env = TokenAcceptRejectVectorEnv(
-            slots,
-            llm=llm,
-            max_new_tokens=40,
-            prefix=True,
-            prompts=lambda: ListPromptSource(prompts),
-            scorer=NoScorer(),
-        )
+        env = make_env(llm, slots)
         rng = np.random.default_rng(0)
         rates = [
             (bare_rate(llm, slots, 64, args.steps), rollout_rate(env, agent, args.steps, rng))

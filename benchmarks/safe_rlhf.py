@@ -4,8 +4,8 @@
         --dev safe_rlhf_prompts_dev.jsonl --out results
 
 trains the agents of `RUNS` with the quickstart's preset on prompts of the one file and compares
-them, with the LLM alone and with best-of-N, on those of the other. About two and a half hours on 2
-CPU cores. Run it again to go on where it stopped. Settings are tried on `tune.jsonl`, prompts of
+them, with the LLM alone and with best-of-N, on those of the other. About three hours on 2 CPU
+cores. Run it again to go on where it stopped. Settings are tried on `tune.jsonl`, prompts of
 the training file that no agent is trained on:
 
     python benchmarks/safe_rlhf.py --train … --dev results/tune.jsonl --out tried \

@@ -15,6 +15,9 @@ from mara_rl.errors import DataError, RetryableError
 from mara_rl.policy_llm import PolicyLLM
 from mara_rl.slot_engine import SlotEngine
 
+MAX_FAILURES = 3
+"""Reasons that a task keeps until they are taken."""
+
 
 @dataclass
 class Answer:
@@ -58,8 +61,7 @@ class AcceptRejectTask:
     """S slots that answer prompts, one candidate a step; see the package's environments.
 
     Attributes:
-        failed_answers: how many episodes have failed.
-        last_failure: why the last of them did, "" before any has.
+        last_failure: why the last failed episode failed, "" before any has.
     """
 
     def __init__(
@@ -95,8 +97,9 @@ class AcceptRejectTask:
             top_p=top_p,
             prefill_chunk_tokens=prefill_chunk_tokens,
         )
-        self.failed_answers = 0
         self.last_failure = ""
+        self._num_failed = 0  # not yet taken
+        self._failures: set[str] = set()
         self._open: dict[int, Answer] = {}
 
     def restart(self, generator: np.random.Generator) -> None:
@@ -194,6 +197,12 @@ class AcceptRejectTask:
                 answer.reward = 0.0
                 self._fail(answer, f"score not finite: {answer.scores}")
 
+    def take_failures(self) -> tuple[int, frozenset[str]]:
+        """How many episodes failed since the last call, and the first few reasons."""
+        taken = self._num_failed, frozenset(self._failures)
+        self._num_failed, self._failures = 0, set()
+        return taken
+
     def _begin(self, slot: int) -> None:
         while True:
             prompt = self.prompts.next()
@@ -225,8 +234,10 @@ class AcceptRejectTask:
 
     def _fail(self, answer: Answer, failure: str) -> None:
         answer.finish_reason, answer.failure = "failed", failure
-        self.failed_answers += 1
         self.last_failure = failure
+        self._num_failed += 1
+        if len(self._failures) < MAX_FAILURES:
+            self._failures.add(failure)
 
     def _finish(self, slot: int, reason: str) -> Answer:
         answer = self._open.pop(slot)

@@ -58,5 +58,5 @@ class EndpointConfig(ReplicaConfig):
 
     @property
     def alone(self) -> bool:
-        """Whether there is one replica only."""
+        """Whether there is one replica only, which has no other to load beside."""
         return self.num_replicas == 1 and self.max_replicas is None

@@ -49,7 +49,6 @@ class PPOPhase:
         self._state = state
         self._display = display
         self._trained_rows = 0.0
-        self._faults = Faults()  # since the last update
         self._attempts = 0  # at an update, in vain
         self._runner_errors = RunnerErrors()
         self._outage = ""
@@ -75,7 +74,6 @@ class PPOPhase:
                 started_s = time.monotonic()
                 figures = self._iterate()
                 queue_figures = self._queue_figures()
-                self._faults += self._runners.take_faults()
                 if figures is None:
                     if not self._weights.learners_alive():
                         raise LostPart("the learner is gone")
@@ -95,13 +93,14 @@ class PPOPhase:
                 state.iteration += 1
                 state.training_s += progress_s - started_s
                 state.token_forwards += int(figures["rollout/token_forwards"])
-                self._tell_of_faults()
+                faults = self._runners.take_faults()
+                self._tell_of_faults(faults)
                 self._tell_of_restarts(figures)
                 figures |= queue_figures
-                figures["rollout/failed_answers"] = float(self._faults.failed_answers)
-                figures["rollout/scoring_retries"] = float(self._faults.scoring_retries)
+                figures["rollout/failed_answers"] = float(faults.failed_answers)
+                figures["rollout/scoring_retries"] = float(faults.scoring_retries)
                 figures["faults/attempts_without_update"] = float(self._attempts)
-                self._faults, self._attempts = Faults(), 0
+                self._attempts = 0
                 figures["faults/resumes"] = float(state.restarts)
                 figures["time/iteration_s"] = progress_s - started_s
                 figures["total/token_forwards"] = float(state.token_forwards)
@@ -170,9 +169,9 @@ class PPOPhase:
                 "replaced"
             )
 
-    def _tell_of_faults(self) -> None:
+    def _tell_of_faults(self, faults: Faults) -> None:
         iteration = self._state.iteration
-        failed, retries, failure_causes, retry_causes = self._faults
+        failed, retries, failure_causes, retry_causes = faults
         if failed:
             self._display.line(
                 f"iteration {iteration}: {failed} answers failed and were not trained on: "

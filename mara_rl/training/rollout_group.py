@@ -34,7 +34,8 @@ class Faults(NamedTuple):
     Attributes:
         failed_answers: how many answers failed.
         scoring_retries: how often scores were asked for again.
-        failure_causes, retry_causes: the last reason of every actor that had one.
+        failure_causes: why, the first few reasons of each actor.
+        retry_causes: why, the last reason of each actor that had to.
     """
 
     failed_answers: int = 0
@@ -220,10 +221,10 @@ class RolloutGroup:
             time.sleep(_RETRY_WAIT_S)
 
     def take_faults(self) -> Faults:
-        """What went wrong since the last call.
+        """What went wrong since the last call; to be asked for when no actor is at work.
 
         RLlib's metrics leave out iterations without samples, which is where most of it is. What an
-        actor had counted that died, or does not answer in time, is lost.
+        actor had counted that died is lost.
         """
         taken = self._group.foreach_env_runner(
             _take_faults, local_env_runner=False, timeout_seconds=_PING_TIMEOUT_S
@@ -277,9 +278,8 @@ def _restart(runner: Any, seed: int, iteration: int) -> None:
 
 def _take_faults(runner: Any) -> Faults:
     task = runner.env.unwrapped.task
-    failed, task.failed_answers = task.failed_answers, 0
+    failed, failures = task.take_failures()
     retries, cause = task.scorer.take_retries()
-    failures = frozenset([task.last_failure] if failed else [])
     return Faults(failed, retries, failures, frozenset([cause] if retries else []))
 
 

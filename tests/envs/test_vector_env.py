@@ -119,6 +119,8 @@ def test_failed_scores_truncate_only_their_episode(settings, scorer) -> None:
             assert rewards[slot] == 0
     assert failures >= 1
     assert terminated.dtype == bool
+    assert env.task.take_failures() == (failures, {"reward service is away"})
+    assert env.task.take_failures() == (0, frozenset())
 
 
 def test_answers_that_a_score_model_refuses_do_not_take_others_with_them(
@@ -143,6 +145,7 @@ def test_answers_that_a_score_model_refuses_do_not_take_others_with_them(
     assert [answer for answer in answers if answer.finish_reason == "failed"] == refused
     assert {answer.failure for answer in refused} == {"what a question"}
     assert not any(answer.outage for answer in refused)
+    assert env.task.take_failures() == (len(refused), {"what a question"})
 
 
 def test_deferred_scores_leave_the_reward_to_later(settings, scorer) -> None:

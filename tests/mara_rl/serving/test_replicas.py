@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import requests
+from local_cluster import free_ports
 from ray import serve
 
 from mara_rl.serving.application import application
@@ -14,15 +15,14 @@ from mara_rl.serving.config import EndpointConfig
 from services.ray_session import ray_session
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
-PORT = 8731
-URL = f"http://127.0.0.1:{PORT}/v1/models"
 
 
 class Watch(threading.Thread):
     """Asks all the time, and keeps the statuses in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, url: str) -> None:
         super().__init__(daemon=True)
+        self.url = url
         self.statuses: list[int] = []
         self.retry_after: set[str | None] = set()
         self._ended = threading.Event()
@@ -30,7 +30,7 @@ class Watch(threading.Thread):
     def run(self) -> None:
         while not self._ended.wait(0.02):
             try:
-                answer = requests.get(URL, timeout=60)
+                answer = requests.get(self.url, timeout=60)
             except requests.ConnectionError:
                 continue  # Serve is not there yet
             self.statuses.append(answer.status_code)
@@ -47,8 +47,9 @@ def watch(tmp_path, monkeypatch) -> Iterator[Watch]:
     monkeypatch.setenv("MARA_HOME", str(tmp_path))
     monkeypatch.setenv("RAY_DEFAULT_OBJECT_STORE_MEMORY_BYTES", str(200 << 20))
     with ray_session():
-        serve.start(http_options={"host": "127.0.0.1", "port": PORT})
-        watch = Watch()
+        [port] = free_ports(1)
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        watch = Watch(f"http://127.0.0.1:{port}/v1/models")
         yield watch
         watch.end()
 

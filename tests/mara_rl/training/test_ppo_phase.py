@@ -113,8 +113,8 @@ def test_faults_of_iterations_without_an_update_count_in_the_next(
     out, logged = io.StringIO(), []
     outcomes = [{}, RetryableError("Redis is away"), update(rows=7), update(rows=9)]
     cause = "score 'cost' from app 'cost': ActorDiedError"
-    told = [frozenset([reason]) for reason in ("no answer within 2 s", cause, "not finite")]
-    faults = iter([Faults(3, 2, *told[:2]), Faults(), Faults(1, 1, told[2]), Faults()])
+    failures = frozenset(["no answer within 2 s", "not finite"])
+    faults = iter([Faults(4, 3, failures, frozenset([cause])), Faults()])
     phase = phase_of(FakeAlgorithm(*outcomes), out)
     phase._algorithm.env_runner_group.num_remote_worker_restarts = lambda: 0
     phase._runners = SimpleNamespace(

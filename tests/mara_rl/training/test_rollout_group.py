@@ -114,13 +114,13 @@ class TaskActors(FakeActors):
         super().__init__(set())
         self.tasks = [
             SimpleNamespace(
-                failed_answers=failed,
-                last_failure="not finite" if failed else "",
+                last_failure="not finite" if failures else "",
+                take_failures=failures.pop,
                 scorer=SimpleNamespace(take_retries=retries.pop),
             )
-            for failed, retries in (
-                (2, [(0, "gone"), (3, "gone")]),
-                (0, [(2, "away"), (1, "late")]),
+            for failures, retries in (
+                ([(1, {"not finite"}), (2, {"not finite", "away"})], [(0, "gone"), (3, "gone")]),
+                ([(0, set()), (0, set())], [(2, "away"), (1, "late")]),
             )
         ]
 
@@ -131,12 +131,11 @@ class TaskActors(FakeActors):
         ]
 
 
-def test_faults_are_taken_once() -> None:
+def test_faults_are_taken_from_all_actors() -> None:
     actors = TaskActors()
     assert group(actors).take_faults() == Faults(
-        2, 4, frozenset(["not finite"]), frozenset(["gone", "late"])
+        2, 4, frozenset(["not finite", "away"]), frozenset(["gone", "late"])
     )
-    actors.tasks[0].failed_answers += 1
     assert group(actors).take_faults() == Faults(
         1, 2, frozenset(["not finite"]), frozenset(["away"])
     )
