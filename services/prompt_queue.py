@@ -63,6 +63,8 @@ class PromptQueue:
         seed: orders the epochs.
         max_failures: an entry whose episode failed this often becomes a dead letter.
         max_deliveries: so does one held by this many consumers that died.
+        create: make the queue where there is none. Readers must not: in one that they made after
+            Redis lost its data they would wait for prompts, instead of telling of the loss.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class PromptQueue:
         seed: int = 0,
         max_failures: int = 3,
         max_deliveries: int = 5,
+        create: bool = True,
     ) -> None:
         if not re.fullmatch(r"[\w.-]+", name, re.ASCII):
             raise ConfigError(
@@ -91,11 +94,12 @@ class PromptQueue:
         self._script_keys = keys[:7]
         self._scripts: dict[str, Any] = {}
         self._generation = ""
-        try:
-            client.xgroup_create(self._stream, GROUP, id="0", mkstream=True)
-        except redis.ResponseError as error:
-            if "BUSYGROUP" not in str(error):
-                raise
+        if create:
+            try:
+                client.xgroup_create(self._stream, GROUP, id="0", mkstream=True)
+            except redis.ResponseError as error:
+                if "BUSYGROUP" not in str(error):
+                    raise
 
     @staticmethod
     def exists(client: redis.Redis, name: str) -> bool:
@@ -389,7 +393,7 @@ class PromptQueue:
             raise
 
     def _lost(self) -> QueueLost:
-        return QueueLost(f"queue {self.name!r} is gone from Redis")
+        return QueueLost(f"queue {self.name!r} is missing from Redis")
 
     def _check(self, position: QueuePosition) -> None:
         if position.seed != self._seed:
@@ -411,7 +415,8 @@ class PromptQueue:
             pipe.hlen(self._catalogue).xlen(self._stream).xlen(self._dead)
             pipe.hgetall(self._meta).xpending(self._stream, GROUP).time()
             pipe.zrange(self._alive, 0, -1, withscores=True)
-            prompts, entries, dead, meta, pending, (seconds, _), alive = pipe.execute()
+            with self._present():
+                prompts, entries, dead, meta, pending, (seconds, _), alive = pipe.execute()
         held = {row["name"]: row["pending"] for row in pending["consumers"]}
         delivered, returned = held.pop(_DELIVERED, 0), held.pop(_RETURNED, 0)
         silent_s = {name: max(0.0, seconds - beat / 1000) for name, beat in alive}

@@ -1,5 +1,6 @@
 """Prompts for rollouts out of a Redis queue, with sign of life and recovery."""
 
+import contextlib
 import logging
 import threading
 import uuid
@@ -41,8 +42,8 @@ class PromptSourceConfig(BaseModel):
     max_failures: int = Field(3, ge=1, description="failed episodes until a prompt is dead")
     max_deliveries: int = Field(5, ge=1, description="readers that died on a prompt until it is")
 
-    def open_queue(self, *, retries: int = 5) -> PromptQueue:
-        """The queue this describes, on a connection of its own."""
+    def open_queue(self, *, retries: int = 5, create: bool = False) -> PromptQueue:
+        """The queue this describes, on a connection of its own; see `PromptQueue`."""
         with redis_errors(self.url):
             return PromptQueue(
                 connect(self.url, retries=retries),
@@ -50,6 +51,7 @@ class PromptSourceConfig(BaseModel):
                 seed=self.seed,
                 max_failures=self.max_failures,
                 max_deliveries=self.max_deliveries,
+                create=create,
             )
 
 
@@ -69,7 +71,7 @@ class RedisPromptSource:
         self._given: set[str] = set()
         self._replies_lost = False
         # The client does not retry by itself: a lost reply to a read has to be noticed here.
-        self._queue = self._attempt(lambda: config.open_queue(retries=0))
+        self._queue = config.open_queue(retries=0)
         stop = threading.Event()
         self._stop = weakref.finalize(self, stop.set)
         self._heartbeat = threading.Thread(
@@ -124,7 +126,8 @@ class RedisPromptSource:
             self._stop()
             self._heartbeat.join()
             self._ready.clear()
-            self._attempt(lambda: self._queue.release(self.consumer))
+            with contextlib.suppress(QueueLost):  # then it holds nothing of ours
+                self._attempt(lambda: self._queue.release(self.consumer))
 
     def _attempt(self, operation: Callable[[], _Result]) -> _Result:
         def note(_: object) -> None:

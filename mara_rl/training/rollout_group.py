@@ -205,6 +205,19 @@ class RolloutGroup:
             manager.set_actor_state(number, healthy=False)
         return silent
 
+    def stop(self) -> None:
+        """End the actors; what they hold of the prompt queue is given back by those that answer.
+
+        To be called before the algorithm's own `stop`, which waits without limit for actors that
+        hang or are starting again.
+        """
+        self._group.foreach_env_runner(
+            lambda runner: runner.stop(),
+            local_env_runner=False,
+            timeout_seconds=_PING_TIMEOUT_S,
+        )
+        self._group._worker_manager.clear()
+
     def _revive(self) -> list[int]:
         """Bring back the actors that died or hang, as far as they are up again; their numbers."""
         self.replace_silent()

@@ -149,6 +149,7 @@ class _Run:
             self.check_interrupt()
             weights = LearnerWeights(algorithm, self.spec)
             runners = RolloutGroup(algorithm, config)
+            stack.callback(runners.stop)
             train_prompts, too_long = fitting_prompts(self.train_prompts, "train", runners, display)
             with redis_errors(session.prompts.url):
                 queue.withdraw([p.prompt_id for p in too_long], "too long for the LLM's context")
@@ -250,7 +251,7 @@ class _Run:
         )
         for attempt in patience:
             with attempt, redis_errors(source.url):
-                queue = source.open_queue()
+                queue = source.open_queue(create=True)
                 queue.push(self.train_prompts, repeats=self.config.prompts.repeats)
                 queue.restart(state.position)
         return queue, source

@@ -9,6 +9,7 @@ from delivery_log import DeliveryLog
 from redis_servers import RedisServer
 from training_runs import (
     POISON,
+    REWARD_LEVEL,
     TinyModels,
     TrainingProcess,
     iterations,
@@ -91,9 +92,11 @@ class Chaos:
 
     def check_scores(self) -> None:
         """Nothing was learned from a missing score or from one made up."""
+        answers = {step: n for step, n, _ in metric_history(self.home, "rollout/answers")}
         rewards = metric_history(self.home, "rollout/score_reward")
         assert rewards
-        assert all(value != 0 for _, value, _ in rewards)
+        for step, mean, _ in rewards:  # a single 0 would move it by REWARD_LEVEL / answers
+            assert abs(mean - REWARD_LEVEL) < REWARD_LEVEL / answers[step] / 2
         steps = [step for step, _ in iterations(self.home)]
         assert steps == list(range(1, len(steps) + 1)), "no step is missing or there twice"
 

@@ -75,7 +75,7 @@ def test_redis_dies_and_comes_back(chaos, data: str) -> None:
         took_s,
         uncounted=16 if data == "without" else 0,
     )
-    lost = [line for line in output.splitlines() if "is gone from Redis; going back to" in line]
+    lost = [line for line in output.splitlines() if "is missing from Redis; going back to" in line]
     assert len(lost) == (data == "without")
 
 

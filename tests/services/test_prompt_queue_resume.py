@@ -155,7 +155,7 @@ def test_resume_refuses_what_cannot_continue(empty_redis):
 def test_a_reader_is_told_that_redis_lost_the_queue(empty_redis):
     queue = make_queue(empty_redis, 2)
     connect(empty_redis).flushall()
-    with pytest.raises(QueueLost, match="queue 'test' is gone from Redis"):
+    with pytest.raises(QueueLost, match="queue 'test' is missing from Redis"):
         queue.read("a", 1)
     with pytest.raises(QueueLost):
         queue.position()
@@ -166,7 +166,7 @@ def test_a_run_notices_that_the_queue_is_not_the_one_it_built(empty_redis):
     queue.restart()
     queue.check_present()
     connect(empty_redis).flushall()
-    make_queue(empty_redis)  # as a restarted reader does: there is a queue again, but an empty one
+    make_queue(empty_redis)  # somebody else's: there is a queue again, but another one
     with pytest.raises(QueueLost):
         queue.check_present()
 

@@ -16,14 +16,14 @@ from queue_readers import hold_one, take_and_deliver
 from mara_rl.errors import RetryableError
 from services import prompt_source
 from services.prompt_files import PromptRecord
-from services.prompt_queue import PromptQueue
+from services.prompt_queue import PromptQueue, QueueLost
 from services.prompt_source import PromptSourceConfig, RedisPromptSource
 
 
 @pytest.fixture
 def config(empty_redis) -> PromptSourceConfig:
     config = PromptSourceConfig(url=empty_redis, seed=3, deadline_s=0.3, heartbeat_s=0.05)
-    config.open_queue().push([PromptRecord(f"p{i}", f"text {i}") for i in range(12)])
+    config.open_queue(create=True).push([PromptRecord(f"p{i}", f"text {i}") for i in range(12)])
     return config
 
 
@@ -71,9 +71,22 @@ def test_restart_hands_out_the_undelivered_again_in_order(config, open_source):
 
 
 def test_no_prompt_in_time_says_what_to_do(empty_redis, open_source):
-    source = open_source(PromptSourceConfig(url=empty_redis, deadline_s=0.2))
+    config = PromptSourceConfig(url=empty_redis, deadline_s=0.2)
+    config.open_queue(create=True)
+    source = open_source(config)
     with pytest.raises(RetryableError, match=r"no prompt in queue 'default' within 0\.2 s: push"):
         source.next()
+
+
+def test_a_source_does_not_wait_in_a_queue_that_is_not_there(empty_redis, open_source):
+    """Redis lost it: only who can push its prompts again makes a new one."""
+    source = open_source(PromptSourceConfig(url=empty_redis, deadline_s=60))
+    began = time.monotonic()
+    with pytest.raises(QueueLost, match="queue 'default' is missing from Redis"):
+        source.next()
+    assert time.monotonic() - began < 10
+    with pytest.raises(QueueLost):
+        source.config.open_queue().status()
 
 
 def test_reject_and_fail_reach_the_queue(config, open_source):
@@ -109,14 +122,14 @@ def test_redis_away_is_tried_again_and_then_named(monkeypatch):
         unused.bind(("127.0.0.1", 0))  # bound, not listening: connections are refused
         url = f"redis://:secret@127.0.0.1:{unused.getsockname()[1]}/0"
         with pytest.raises(RetryableError, match=r"Redis at redis://\*\*\*@127\.0\.0\.1") as caught:
-            RedisPromptSource(PromptSourceConfig(url=url))
+            RedisPromptSource(PromptSourceConfig(url=url)).next()
     assert "secret" not in str(caught.value)
 
 
 def test_a_redis_that_comes_back_is_used_again(start_redis, open_source):
     own_redis = start_redis()
     config = PromptSourceConfig(url=own_redis.url, deadline_s=5)
-    config.open_queue().push([PromptRecord(f"p{i}", f"text {i}") for i in range(6)])
+    config.open_queue(create=True).push([PromptRecord(f"p{i}", f"text {i}") for i in range(6)])
     source = open_source(config.model_copy(update={"prefetch": 1}))
     first = take(source, 2)
     own_redis.kill()

@@ -21,6 +21,7 @@ from tiny_llms import save_tiny_llms
 
 COMMAND = [sys.executable, "-c", "from mara_rl.cli.app import main; main()"]
 POISON = "é"
+REWARD_LEVEL = 1000.0
 RUNNER, REPLICA, LEARNER = "SingleAgentEnvRunner", "ServeReplica:{}", "_WrappedExecutable"
 """What `TrainingProcess.processes` finds the processes of a run by."""
 
@@ -28,7 +29,8 @@ RUNNER, REPLICA, LEARNER = "SingleAgentEnvRunner", "ServeReplica:{}", "_WrappedE
 class TinyModels:
     """An LLM and two score models with random weights.
 
-    The reward of a prompt that has `POISON` in it is NaN.
+    The reward of a prompt that has `POISON` in it is NaN; others are within a few tens of
+    `REWARD_LEVEL`, so that a mean over answers tells whether a 0 was among them.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,6 +41,7 @@ class TinyModels:
             if name == "reward":
                 # Of `<unk>`, which stands for every character that is not ASCII.
                 checkpoint.state["model.embed_tokens.weight"][0] = float("nan")
+                checkpoint.state["score_head.bias"][0] = REWARD_LEVEL
             else:
                 checkpoint.state["score_head.weight"] = torch.randn(1, 32)
             self.scores[name] = checkpoint.write()

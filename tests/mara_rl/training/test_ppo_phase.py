@@ -174,10 +174,10 @@ def test_a_lost_queue_sends_the_run_back_with_what_tells_duplicates(
     phase._queue_figures()
 
     def lost() -> None:
-        raise QueueLost("queue 'x' is gone from Redis")
+        raise QueueLost("queue 'x' is missing from Redis")
 
     monkeypatch.setattr(queue, "check_present", lost)
-    with pytest.raises(LostPart, match="queue 'x' is gone from Redis"):
+    with pytest.raises(LostPart, match="queue 'x' is missing from Redis"):
         phase.run(check_interrupt=lambda: None)
     assert queue.remembered == (["0 0 p1"], 7)
 
