@@ -102,9 +102,9 @@ class UrlScores:
         except ValidationError as error:
             raise RetryableError("the answer holds no scores") from error
 
-    def model(self) -> str:
+    def model(self, timeout_s: float = _DESCRIBE_TIMEOUT_S) -> str:
         """The score model that the service hosts. Raises RetryableError as `ask` does."""
-        response = self._call("GET", "model", None, _DESCRIBE_TIMEOUT_S)
+        response = self._call("GET", "model", None, timeout_s)
         try:
             return HostedModel.model_validate_json(response.content).model
         except ValidationError as error:

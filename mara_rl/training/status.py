@@ -18,6 +18,7 @@ from services.prompt_queue import PromptQueue, QueueStatus
 
 _MLFLOW_TIMEOUT_S = 10
 _RAY_TIMEOUT_S = 10
+_SCORE_TIMEOUT_S = 5.0  # of each score service: they are asked one after the other
 _PROGRESS = "time/iteration_s"  # a metric that every iteration logs
 _RAY_ADDRESSES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
 
@@ -197,7 +198,7 @@ def _queue(config: TrainConfig, run: str, run_id: str) -> QueueStatus | None:
 def _hosted_model(url: str) -> str:
     from services.score_sources import UrlScores  # imports Ray
 
-    return UrlScores(url).model()
+    return UrlScores(url).model(_SCORE_TIMEOUT_S)
 
 
 def _ray(config: TrainConfig, run: str) -> RayStatus:
