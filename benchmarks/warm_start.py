@@ -48,7 +48,7 @@ class LocalAnswers:
         agent: Agent | None = None,
         rule: Any = None,
         keep_states: bool = False,
-        exact: bool = False,
+        exact: bool | None = None,
         keep_candidates: bool = False,
         seed: int = 0,
         progress: Any = None,

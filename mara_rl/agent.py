@@ -1,9 +1,9 @@
 """The agent: a small MLP that turns an LLM's hidden state into an accept log-odds."""
 
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from mara_rl.errors import DataError
@@ -22,9 +22,17 @@ class AgentSpec(BaseModel):
     head: Head = Field(description="how the MLP's output becomes an accept log-odds")
     rule: Rule = Field("argmax_induced", description="how a token is chosen when decoding")
     fallback: Fallback = Field("last", description="candidate taken when `threshold` accepts none")
+    exact: bool = Field(
+        False, description="decode by looking at all candidates: π(t_k) ∝ p_k e^{term_k}"
+    )
     top_k: int = Field(40, ge=1, description="candidates kept by top-k")
     top_p: float = Field(0.95, gt=0, le=1, description="mass kept by top-p, after top-k")
     llm: str = Field("", description="name of the LLM the agent was trained on")
+
+    @model_validator(mode="after")
+    def _exact_is_possible(self) -> Self:
+        check_exact(self.head, self.rule, self.exact)
+        return self
 
     @property
     def needs_prefix(self) -> bool:
@@ -46,6 +54,14 @@ class AgentSpec(BaseModel):
                 f"agent: trained on LLM {self.llm!r}, used with {name!r}; "
                 "expected the same LLM (--allow-other-llm, allow_other_llm=True: use it anyway)"
             )
+
+
+def check_exact(head: Head, rule: Rule, exact: bool) -> None:
+    """Raise ValueError where all candidates cannot be re-weighted."""
+    if exact and head == "paper":
+        raise ValueError("exact: needs a head that is anchored to the LLM, not 'paper'")
+    if exact and rule == "threshold":
+        raise ValueError("exact: goes with rule 'argmax_induced' or 'sample', not 'threshold'")
 
 
 def same_llm(own: str, other: str) -> bool:

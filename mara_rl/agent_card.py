@@ -16,6 +16,8 @@ _HEADS = {
     "MLP, r_k the LLM's own acceptance probability",
 }
 
+_EXACT = ", all candidates looked at and re-weighted: π(t_k) ∝ p_k e^{term_k}"
+
 
 def agent_card(spec: AgentSpec, metadata: dict[str, Any]) -> str:
     """Markdown with the front matter of the hub; ``metadata`` goes in whole, as JSON."""
@@ -36,7 +38,7 @@ rejects it (MARA, arXiv 2505.19743). It aligns the LLM without touching its weig
 |---|---|
 | hidden size of the LLM | {spec.hidden_size} |
 | head | `{spec.head}`: {_HEADS[spec.head]} |
-| rule | `{spec.rule}`, fallback `{spec.fallback}` |
+| rule | `{spec.rule}`, fallback `{spec.fallback}`{_EXACT if spec.exact else ""} |
 | candidates | top-k {spec.top_k}, then top-p {spec.top_p} |
 
 ```python

@@ -37,8 +37,12 @@ def generate(
         str | None, typer.Option(help="argmax_induced, threshold or sample; the agent's own.")
     ] = None,
     exact: Annotated[
-        bool, typer.Option("--exact", help="Re-weight all candidates: π(t_k) ∝ p_k e^{term_k}.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--exact/--no-exact",
+            help="Re-weight all candidates, π(t_k) ∝ p_k e^{term_k}; the agent's own.",
+        ),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="For rule sample.")] = 1.0,
     seed: Annotated[int | None, typer.Option(help="For rule sample; 0.")] = None,
     stop: Annotated[

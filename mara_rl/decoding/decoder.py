@@ -280,7 +280,7 @@ class Decoder:
         if sampled.any():
             likely = (mass_before <= table.uniform[at, None]).sum(1)
             wanted = torch.where(sampled, likely, wanted)
-        exact = torch.tensor([request.settings.exact for request in settings])
+        exact = torch.tensor([request.exact for request in settings])
         left = table.sets.counts[at] - looked
         wanted = torch.where(looked > 0, looked, wanted).clamp_min(self._free_tokens // len(at))
         return torch.where(exact, left, torch.minimum(wanted.clamp_min(1), left))
@@ -299,7 +299,7 @@ class Decoder:
             requests = [self._running[slot].request for slot in members]
             counts, looked = table.sets.counts[at], table.looked[at]
             logits = table.accept_logits(at)
-            exact = torch.tensor([request.settings.exact for request in requests])
+            exact = torch.tensor([request.exact for request in requests])
             if exact.any():
                 whole = reweighted_logits(table.sets.probs[at], table.terms[at, :, 0])
                 logits = torch.where(exact[:, None], whole, logits)

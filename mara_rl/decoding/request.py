@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mara_rl.agent import Fallback, Rule
+from mara_rl.agent import Fallback, Rule, check_exact
 from mara_rl.decoding.blend import Blend
 from mara_rl.errors import ConfigError, DataError, first_problem
 from mara_rl.policy_llm import PolicyLLM
@@ -23,8 +23,8 @@ class DecodeSettings(BaseModel):
     max_new_tokens: int = Field(256, ge=1, description="tokens of an answer at most")
     rule: Rule | None = Field(None, description="how a token is chosen; the base LLM: argmax")
     fallback: Fallback | None = Field(None, description="what `threshold` takes if it accepts none")
-    exact: bool = Field(
-        False, description="look at all candidates and re-weight: π(t_k) ∝ p_k e^{term_k}"
+    exact: bool | None = Field(
+        None, description="look at all candidates and re-weight: π(t_k) ∝ p_k e^{term_k}"
     )
     temperature: float = Field(
         1.0,
@@ -69,6 +69,7 @@ class DecodeRequest:
     blend: Blend | None
     rule: Rule
     fallback: Fallback
+    exact: bool
     top_k: int
     top_p: float
     settings: DecodeSettings
@@ -113,8 +114,6 @@ class DecodeRequest:
                 f"prompt of {len(prompt_ids)} tokens ({prompt[:40]!r}…): with max_new_tokens "
                 f"{settings.max_new_tokens} it exceeds the LLM's context of {llm.context_tokens}"
             )
-        if settings.keep_candidates and not settings.exact:
-            raise ConfigError("keep_candidates: needs `exact`, which looks at all candidates")
         if any(not text for text in settings.stop):
             raise ConfigError("stop: an empty text; expected texts of at least one character")
         if opening and (blend is not None or settings.rule != "sample"):
@@ -125,12 +124,14 @@ class DecodeRequest:
                 raise ConfigError(
                     f"{asked} needs an agent; the base LLM has no acceptance to judge"
                 )
+            _check_candidates(settings, exact=False)
             return cls(
                 prompt=prompt,
                 prompt_ids=prompt_ids,
                 blend=None,
                 rule=settings.rule or "argmax_induced",
                 fallback="last",
+                exact=False,
                 top_k=settings.top_k or BASE_TOP_K,
                 top_p=settings.top_p or BASE_TOP_P,
                 settings=settings,
@@ -145,18 +146,28 @@ class DecodeRequest:
                     f"{name}: {asked} asked for, the agent was trained with {own}; "
                     "leave it out, or allow other candidates explicitly"
                 )
-        if settings.exact and not blend.anchored:
-            raise ConfigError("exact: needs agents anchored to the LLM, not head 'paper'")
-        if settings.exact and settings.rule == "threshold":
-            raise ConfigError("exact: goes with rule 'argmax_induced' or 'sample', not 'threshold'")
+        exact = spec.exact if settings.exact is None else settings.exact
         rule = settings.rule or spec.rule
+        if settings.exact and settings.rule is None and rule == "threshold":
+            rule = "argmax_induced"
+        try:
+            check_exact(spec.head, rule, exact)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        _check_candidates(settings, exact)
         return cls(
             prompt=prompt,
             prompt_ids=prompt_ids,
             blend=blend,
-            rule="argmax_induced" if settings.exact and rule == "threshold" else rule,
+            rule=rule,
             fallback=settings.fallback or spec.fallback,
+            exact=exact,
             top_k=settings.top_k or spec.top_k,
             top_p=settings.top_p or spec.top_p,
             settings=settings,
         )
+
+
+def _check_candidates(settings: DecodeSettings, exact: bool) -> None:
+    if settings.keep_candidates and not exact:
+        raise ConfigError("keep_candidates: needs `exact`, which looks at all candidates")

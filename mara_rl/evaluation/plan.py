@@ -44,7 +44,10 @@ class AgentMethod(Section):
     agent: str = Field(description="folder, .pth file, models:/…, runs:/… or hub id")
     llm: str | None = Field(None, description="another LLM; default: the plan's")
     strength: float = Field(1.0, description="scales the agent: 0 the LLM alone, 1 as trained")
-    exact: bool = Field(False, description="re-weight all candidates: π(t_k) ∝ p_k e^{term_k}")
+    exact: bool | None = Field(
+        None,
+        description="re-weight all candidates: π(t_k) ∝ p_k e^{term_k}; default: the agent's own",
+    )
     rule: Rule | None = Field(None, description="default: the agent's own")
     temperature: float = Field(1.0, gt=0, description="for rule sample")
     allow_other_llm: bool = Field(False, description="use it with an LLM it was not trained on")

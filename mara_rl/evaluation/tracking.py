@@ -49,7 +49,7 @@ def _versions(
         for name, method in plan.methods.items()
         if isinstance(method, AgentMethod)
         and method.agent.startswith("models:/")
-        and (method.strength, method.exact, method.rule, method.llm) == (1.0, False, None, None)
+        and (method.strength, method.exact, method.rule, method.llm) == (1.0, None, None, None)
         and same_llm(figures["provenance"]["agents"][name]["llm"], plan.llm)
     }
 

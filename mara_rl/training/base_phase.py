@@ -61,7 +61,7 @@ def run_base_phase(
                 agent=agent,
                 rule="sample",
                 keep_states=warm is not None,
-                exact=agent is not None,
+                exact=True if agent is not None else None,
                 keep_candidates=agent is not None and warm is not None and warm.distil_epochs > 0,
                 seed=derived_seed(config.seed, 1, number),
                 progress=progress,

@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 from importlib import resources
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, ValidationError, model_validator
 
 from envs.observation import StateDType
-from mara_rl.agent import AgentSpec, Fallback, Head, Rule
+from mara_rl.agent import AgentSpec, Fallback, Head, Rule, check_exact
 from mara_rl.errors import ConfigError, first_problem
 from mara_rl.policy_llm import DType
 from mara_rl.yaml_settings import NAME_PATTERN, Section, names_in, preset_or_file, read_settings
@@ -37,6 +37,14 @@ class AgentConfig(Section):
     head: Head = Field("advantage", description="how the MLP's output becomes an accept log-odds")
     rule: Rule = Field("argmax_induced", description="how it decodes")
     fallback: Fallback = Field("last", description="candidate taken when `threshold` accepts none")
+    exact: bool = Field(
+        False, description="it decodes by looking at all candidates: π(t_k) ∝ p_k e^{term_k}"
+    )
+
+    @model_validator(mode="after")
+    def _exact_is_possible(self) -> Self:
+        check_exact(self.head, self.rule, self.exact)
+        return self
 
 
 class PromptsConfig(Section):

@@ -88,7 +88,7 @@ class RolloutGroup:
         agent: Agent | None = None,
         rule: Rule | None = None,
         keep_states: bool = False,
-        exact: bool = False,
+        exact: bool | None = None,
         keep_candidates: bool = False,
         seed: int = 0,
         progress: Callable[[int], None] | None = None,

@@ -63,10 +63,24 @@ def test_an_agent_brings_its_own_rule_and_candidates(tiny_llm: PolicyLLM) -> Non
     assert request(tiny_llm, own, exact=True).rule == "argmax_induced"
     with pytest.raises(ConfigError, match="exact: goes with"):
         request(tiny_llm, own, exact=True, rule="threshold")
-    with pytest.raises(ConfigError, match="exact: needs agents anchored"):
+    with pytest.raises(ConfigError, match="exact: needs a head that is anchored"):
         request(tiny_llm, agent(32, "paper"), exact=True)
     with pytest.raises(DataError, match=r"hidden size 64; LLM .* has hidden size 32"):
         request(tiny_llm, agent(64))
+
+
+def test_an_agent_says_whether_all_candidates_are_looked_at(tiny_llm: PolicyLLM) -> None:
+    own = agent(32, exact=True)
+    assert request(tiny_llm, own).exact
+    assert request(tiny_llm, own, keep_candidates=True).exact
+    assert not request(tiny_llm, own, exact=False).exact
+    assert not request(tiny_llm, agent(32)).exact
+    assert request(tiny_llm, agent(32), exact=True).exact
+    with pytest.raises(ConfigError, match="exact: goes with"):
+        request(tiny_llm, own, rule="threshold")
+    for impossible in ({"head": "paper"}, {"rule": "threshold"}):
+        with pytest.raises(ValueError, match="exact: "):
+            agent(32, **{"head": "anchored", "exact": True, **impossible})
 
 
 def test_blends_that_cannot_be_are_refused() -> None:
