@@ -46,6 +46,8 @@ def run_base_phase(
     by the ``exact`` rule, which does what the values say and not what the chain makes of it.
     """
     warm = config.warm_start
+    if warm:
+        prompts = prompts_of(warm, prompts, config.seed)
 
     def sampled(number: int, count: int, agent: Agent | None) -> _ScoredAnswers:
         whose = "base answers" if agent is None else f"answers of round {number + 1}"
@@ -179,6 +181,15 @@ def spread(prompts: list[str], count: int, seed: int) -> list[str]:
     repeats, more = divmod(count, len(prompts))
     times = [repeats + (place < more) for place in range(len(prompts))]
     return [prompts[i] for i in np.repeat(order, times)]
+
+
+def prompts_of(warm: WarmStartConfig, prompts: list[str], seed: int) -> list[str]:
+    """The prompts that a warm start's answers are to: all, or those that get enough of them."""
+    if warm.answers_per_prompt is None:
+        return prompts
+    number = max(2, warm.answers // warm.answers_per_prompt)  # values cannot be fitted to one
+    order = np.random.default_rng([seed, 2]).permutation(len(prompts))
+    return [prompts[i] for i in order[:number]]
 
 
 def openings_of(warm: WarmStartConfig, count: int, seed: int) -> list[str] | None:

@@ -132,6 +132,12 @@ class WarmStartConfig(Section):
     rounds: int = Field(
         1, ge=1, description="the first by the base LLM, later ones by the agent so far"
     )
+    answers_per_prompt: int | None = Field(
+        None,
+        ge=2,
+        description="so many to each of as many prompts as that makes, drawn with the seed; null: "
+        "spread over all. What is learned is which of a prompt's answers is better",
+    )
     openings: list[Annotated[str, Field(pattern=r"\S")]] = Field(
         [], description="texts some of them begin with, as far as the candidates allow"
     )

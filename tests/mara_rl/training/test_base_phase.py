@@ -3,7 +3,7 @@
 from collections import Counter
 from itertools import pairwise
 
-from mara_rl.training.base_phase import openings_of, spread
+from mara_rl.training.base_phase import openings_of, prompts_of, spread
 from mara_rl.training.config import WarmStartConfig
 
 
@@ -13,6 +13,20 @@ def test_prompts_are_spread_evenly_and_repeats_stand_together() -> None:
     assert sorted(Counter(asked).values()) == [2, 2, 3, 3, 3]
     assert sum(a != b for a, b in pairwise(asked)) == 4
     assert asked == spread(prompts, 13, seed=0) != spread(prompts, 13, seed=1)
+
+
+def test_few_prompts_get_many_answers_where_that_is_asked_for() -> None:
+    prompts = [str(i) for i in range(50)]
+    warm = WarmStartConfig(answers=60, answers_per_prompt=3)
+    chosen = prompts_of(warm, prompts, seed=0)
+    assert len(set(chosen)) == 20
+    assert set(chosen) < set(prompts)
+    assert chosen == prompts_of(warm, prompts, seed=0) != prompts_of(warm, prompts, seed=1)
+    assert len(prompts_of(WarmStartConfig(answers=9, answers_per_prompt=9), prompts, seed=0)) == 2
+    assert set(prompts_of(WarmStartConfig(answers=999, answers_per_prompt=3), prompts, 0)) == set(
+        prompts
+    )
+    assert prompts_of(WarmStartConfig(answers=60), prompts, seed=0) == prompts
 
 
 def test_a_share_of_the_answers_tries_each_opening() -> None:
