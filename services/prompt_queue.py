@@ -330,8 +330,9 @@ class PromptQueue:
         Nothing is pending or delivered afterwards; entries delivered since ``position`` come again,
         and count as duplicates when they do; so do prompts that became dead letters since then.
         Catalogue and older dead letters stay. This works the same on a Redis that has lost its
-        data, once its prompts were pushed again: raises DataError when the catalogue has fewer than
-        at ``position``, ConfigError when the seed is another.
+        data, once its prompts were pushed again, save that dead letters are gone (their prompts
+        stay out): raises DataError when the catalogue has fewer than at ``position``, ConfigError
+        when the seed is another.
         """
         withdrawn = self._client.smembers(self._withdrawn)
         later: set[str] = set()
@@ -339,6 +340,8 @@ class PromptQueue:
             self._check(position)
             later = withdrawn - set(position.withdrawn)
             withdrawn -= later
+            if not self._client.hexists(self._meta, "generation"):
+                withdrawn |= set(position.withdrawn)
         letters = self._client.xrange(self._dead) if later else []
         letter_ids = [letter_id for letter_id, fields in letters if fields["prompt"] in later]
         self._generation = uuid.uuid4().hex
@@ -347,6 +350,8 @@ class PromptQueue:
             pipe.xgroup_create(self._stream, GROUP, id="0", mkstream=True)
             if later:
                 pipe.srem(self._withdrawn, *later)
+            if withdrawn:
+                pipe.sadd(self._withdrawn, *withdrawn)
             if letter_ids:
                 pipe.xdel(self._dead, *letter_ids)
             if position is None:

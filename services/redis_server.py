@@ -24,6 +24,8 @@ _OLDEST = (6, 2)
 _SOCKET_TIMEOUT_S = 30.0  # longer than any command here takes; nothing blocks on the server
 _START_TIMEOUT_S = 10.0  # until it answers at all; reading a large append-only file comes on top
 _STOP_TIMEOUT_S = 10.0
+# A full disk, a script that runs, replicas that are away: the client has no classes for these.
+_MAY_PASS = ("MISCONF ", "BUSY ", "NOREPLICAS ")
 
 
 def hide_password(url: str) -> str:
@@ -41,6 +43,10 @@ def redis_errors(url: str) -> Iterator[None]:
         raise ConfigError(f"Redis at {hide_password(url)} refused access: {error}") from error
     except (redis.ConnectionError, redis.TimeoutError, OutOfMemoryError, ReadOnlyError) as error:
         raise RetryableError(f"Redis at {hide_password(url)} cannot serve: {error}") from error
+    except redis.ResponseError as error:
+        if str(error).startswith(_MAY_PASS):
+            raise RetryableError(f"Redis at {hide_password(url)} cannot serve: {error}") from error
+        raise
 
 
 def connect(url: str, *, retries: int = 5) -> redis.Redis:

@@ -62,6 +62,6 @@ def train(
             display.line(f"interrupted: continue with `mara-rl train --resume {folder.name}`")
             raise typer.Exit(stopped.status) from stopped
         except MaraError:
-            if resume is None and not folder.checkpoints.exists():
+            if resume is None and folder.mlflow_run_id is None:
                 remove_folder(folder.path)  # nothing began: there is nothing to resume
             raise

@@ -5,18 +5,27 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tenacity import (
+    RetryCallState,
+    Retrying,
+    retry_if_exception_type,
+    stop_after_delay,
+    wait_fixed,
+)
 
 from envs.protocols import Scorer
 from envs.reward import RewardSpec
 from mara_rl.agent import AcceptNetwork, Agent, AgentSpec
 from mara_rl.decoding.answer import DecodedAnswer
 from mara_rl.display import Display, Phase
-from mara_rl.errors import DataError
+from mara_rl.errors import DataError, RetryableError
 from mara_rl.training.config import TrainConfig, WarmStartConfig
 from mara_rl.training.distillation import distil
 from mara_rl.training.rollout_group import RolloutGroup, derived_seed
 from mara_rl.training.token_credit import BaseAnswer
 from mara_rl.training.value_warm_start import fit_value, lean, total_epochs
+
+_RETRY_WAIT_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,18 @@ def run_base_phase(
     if warm:
         prompts = prompts_of(warm, prompts, config.seed)
 
+    def told(attempt: RetryCallState) -> None:
+        display.line(f"asking for scores again: {attempt.outcome and attempt.outcome.exception()}")
+        check_interrupt()
+
+    patience = Retrying(
+        stop=stop_after_delay(config.ppo.no_progress_timeout_s),
+        wait=wait_fixed(_RETRY_WAIT_S),
+        retry=retry_if_exception_type(RetryableError),
+        before_sleep=told,
+        reraise=True,
+    )
+
     def sampled(number: int, count: int, agent: Agent | None) -> _ScoredAnswers:
         whose = "base answers" if agent is None else f"answers of round {number + 1}"
         with display.phase(whose, total=count) as phase:
@@ -69,7 +90,7 @@ def run_base_phase(
                 progress=progress,
             )
         with display.phase(f"scoring {whose}", total=count) as phase:
-            scores = score_in_batches(scorer, answers, phase.advance)
+            scores = score_in_batches(scorer, answers, phase.advance, patience)
         return _ScoredAnswers(answers, scores)
 
     count = warm.answers // warm.rounds if warm else config.ppo.scale_answers
@@ -155,9 +176,12 @@ def score_in_batches(
     scorer: Scorer,
     answers: list[DecodedAnswer],
     progress: Callable[[int], None] | None = None,
+    patience: Retrying | None = None,
     batch_size: int = 64,
 ) -> np.ndarray:
     """Scores (N, len(scorer.names)), float64, NaN where there is none.
+
+    ``patience``: how often a batch is asked for again while services are away; None: never.
 
     Answers to one prompt are scored together, as score models may read it once for all of them,
     and prompts of like length, so that little of a batch is padding.
@@ -165,8 +189,10 @@ def score_in_batches(
     scores = np.full((len(answers), len(scorer.names)), np.nan)
     prompts = [a.prompt for a in answers]
     order = np.array(sorted(range(len(answers)), key=lambda i: (len(prompts[i]), prompts[i], i)))
+    ask = patience.wraps(scorer.score) if patience else scorer.score
     for rows in np.split(order, range(batch_size, len(order), batch_size)):
-        scores[rows] = scorer.score([(answers[i].prompt, answers[i].text) for i in rows])
+        pairs = [(answers[i].prompt, answers[i].text) for i in rows]
+        scores[rows] = ask(pairs)
         if progress is not None:
             progress(len(rows))
     return scores

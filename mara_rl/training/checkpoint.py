@@ -90,7 +90,7 @@ def save_checkpoint(folder: Path, state: TrainState, learner: dict[str, Any], ke
 def load_newest_checkpoint(folder: Path) -> tuple[TrainState, dict[str, Any]] | None:
     """The newest checkpoint that is whole; torn ones are removed with a warning. None without any.
 
-    Raises DataError when there are checkpoints and all of them are torn.
+    Raises DataError when there are checkpoints and all of them are torn, or one cannot be read.
     """
     for unfinished in folder.glob(".writing-*"):  # by a process that was killed
         remove_folder(unfinished)
@@ -103,9 +103,11 @@ def load_newest_checkpoint(folder: Path) -> tuple[TrainState, dict[str, Any]] | 
                     raise ValueError(f"{file} does not match its checksum")
             state = TrainState.model_validate_json((path / STATE_FILE).read_text(encoding="utf-8"))
             learner = torch.load(path / LEARNER_FILE, map_location="cpu", weights_only=True)
-        except (OSError, ValueError, RuntimeError) as error:
+        except (FileNotFoundError, ValueError, RuntimeError) as error:
             logger.warning("checkpoint %s is torn and skipped: %s", path, first_line(error))
             continue
+        except OSError as error:  # it may be whole
+            raise DataError(f"checkpoint {path}: could not be read: {error}") from error
         for torn in found[found.index(path) + 1 :]:  # else they would count among the newest
             remove_folder(torn)
         return state, _to_arrays(learner)

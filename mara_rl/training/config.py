@@ -123,6 +123,9 @@ class LearnerConfig(Section):
     num_cpus: float = Field(1.0, ge=0, description="CPUs per remote learner")
     num_gpus: float = Field(0.0, ge=0, le=1, description="share of a GPU per learner")
     resources: CustomResources = Field({}, description="custom resources per remote learner")
+    update_timeout_s: float = Field(
+        1800.0, gt=0, description="a remote learner whose update takes longer is replaced"
+    )
 
 
 class WarmStartConfig(Section):

@@ -6,6 +6,7 @@ import torch
 from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_OPTIMIZER, COMPONENT_RL_MODULE
 
 from mara_rl.agent import AcceptNetwork, Agent, AgentSpec
+from mara_rl.training.actor_process import kill_process
 
 MODULE_ID = "default_policy"
 _COMPONENTS = [f"{COMPONENT_LEARNER}/{part}" for part in (COMPONENT_RL_MODULE, COMPONENT_OPTIMIZER)]
@@ -32,6 +33,11 @@ class LearnerWeights:
         group = self._algorithm.learner_group
         answers = list(group.foreach_learner(lambda learner: True))
         return len(answers) == max(1, len(group)) and all(answer.ok for answer in answers)
+
+    def kill_learners(self) -> None:
+        """SIGKILL to the remote learners: RLlib waits for ever for one that hangs."""
+        for actor in self._algorithm.learner_group._worker_manager.actors().values():
+            kill_process(actor)
 
     def agent(self) -> Agent:
         """A copy of the agent as it is now."""
@@ -63,6 +69,6 @@ class LearnerWeights:
         self._algorithm.env_runner_group.sync_weights(
             from_worker_or_learner_group=self._algorithm.learner_group,
             policies=[MODULE_ID],
-            timeout_seconds=None,
+            timeout_seconds=self._algorithm.config.sample_timeout_s,
             inference_only=True,
         )

@@ -6,7 +6,6 @@ from typing import Any
 import gymnasium as gym
 from ray.rllib.algorithms.ppo import PPO, PPOConfig
 from ray.rllib.algorithms.ppo.torch.ppo_torch_learner import PPOTorchLearner
-from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 
 from envs import ENV_ID
@@ -30,35 +29,41 @@ class AcceptLearner(PPOTorchLearner):
         pipeline.append(StandardizedAdvantages())
 
 
-class RewardKeeper(RLlibCallback):
-    """Gives a runner that was recreated the reward scales measured at the start of the run."""
-
-    def on_env_runners_recreated(
-        self, *, algorithm: Any, env_runner_group: Any, env_runner_indices: list[int], **kw: Any
-    ) -> None:
-        env_runner_group.foreach_env_runner(
-            functools.partial(_set_reward, reward=algorithm.reward),
-            remote_worker_ids=env_runner_indices,
-            local_env_runner=False,
-        )
-
-
 class AcceptPPO(PPO):
-    """PPO that knows the reward its runners use."""
+    """PPO whose rollout actors have the reward with the scales measured at the start of the run.
+
+    Attributes:
+        reward: that reward; every actor gets it before it samples.
+        unnoticed_restarts: actors that died and came back while nothing was asked of them.
+    """
 
     reward: RewardSpec
+    unnoticed_restarts = 0
 
-    def set_reward(self, reward: RewardSpec) -> None:
-        """Set the reward of every runner, and of those recreated later."""
-        self.reward = reward
+    def training_step(self) -> None:
+        """Ray starts an actor that dies again, as it was made: without scales and weights."""
         group: Any = self.env_runner_group
-        group.foreach_env_runner(
-            functools.partial(_set_reward, reward=reward), local_env_runner=False
+        config: Any = self.config
+        new = group.foreach_env_runner(
+            functools.partial(_set_reward, reward=self.reward),
+            local_env_runner=False,
+            timeout_seconds=config.sample_timeout_s,
         )
+        if numbers := [number for number in new if number]:
+            self.unnoticed_restarts += len(numbers) if self.iteration else 0  # all are new at first
+            group.sync_weights(
+                from_worker_or_learner_group=self.learner_group,
+                to_worker_indices=numbers,
+                inference_only=True,
+            )
+        super().training_step()
 
 
-def _set_reward(runner: Any, reward: RewardSpec) -> None:
-    runner.env.unwrapped.task.reward = reward
+def _set_reward(runner: Any, reward: RewardSpec) -> int:
+    """The runner's number if it had another reward, else 0."""
+    task = runner.env.unwrapped.task
+    known, task.reward = task.reward, reward
+    return 0 if known == reward else runner.worker_index
 
 
 def build_algorithm(
@@ -138,11 +143,10 @@ def build_algorithm(
                 module_class=AcceptModule, model_config={"agent": spec.model_dump()}
             )
         )
-        .callbacks([DecisionEpisodes, RewardKeeper])
+        .callbacks([DecisionEpisodes])
         .fault_tolerance(
             restart_failed_env_runners=True,
-            # A rebuilt environment would start with unscaled rewards; a restarted runner gets the
-            # scales from `RewardKeeper`.
+            # A rebuilt environment would go on with unscaled rewards.
             restart_failed_sub_environments=False,
             delay_between_env_runner_restarts_s=0.0,
             env_runner_health_probe_timeout_s=rollouts.probe_timeout_s,

@@ -1,7 +1,9 @@
 """The PPO phase: iterations, metrics, checkpoints that are barriers."""
 
+import contextlib
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ray.exceptions import RayError
@@ -52,6 +54,7 @@ class PPOPhase:
         self._attempts = 0  # at an update, in vain
         self._runner_errors = RunnerErrors()
         self._outage = ""
+        self._unsure = False  # whether Redis has noted prompts whose batch was dropped
         self._known_causes = ""
         self._runner_restarts = 0
         self._dropped_replies = 0
@@ -138,24 +141,63 @@ class PPOPhase:
         save_checkpoint(
             self._folder.checkpoints, self._state, learner, self._config.checkpoint.keep
         )
-        if delivered is not None:  # else the next call, with Redis back, makes up for it
-            with redis_errors(self._redis_url):
-                self._queue.ack_delivered(delivered)
+        # Without Redis the next call, with Redis back, makes up for it.
+        if delivered is not None and self._acked(delivered):
             self._saved_iteration = self._state.iteration
             self._answers = self._rewards = 0.0
         self._runners.barrier(self._state.iteration)
 
+    def _acked(self, delivered: list[str]) -> bool:
+        try:
+            with redis_errors(self._redis_url):
+                self._queue.ack_delivered(delivered)
+        except QueueLost as error:
+            raise LostPart(str(error)) from error
+        except RetryableError as error:
+            self._display.line(f"checkpoint {self._state.iteration}: {error}")
+            return False
+        return True
+
     def _iterate(self) -> dict[str, float] | None:
         """One iteration's metrics; None when it brought no update."""
         try:
-            figures = self._figures(self._algorithm.train())
+            with self._watched_learners():
+                result = self._algorithm.train()
+            figures = self._figures(result)
         except RayError as error:  # of runners RLlib raises none
             raise LostPart(f"the learner failed: {cause(str(error))}") from error
-        except RetryableError as error:
+        except RetryableError as error:  # Redis went away as the prompts of a batch were noted
             self._outage = str(error)
+            self._unsure = True
             figures = None
         self._replace_silent_runners()
         return figures
+
+    @contextlib.contextmanager
+    def _watched_learners(self) -> Iterator[None]:
+        """Kill remote learners that hang: then the call fails, as for dead ones."""
+        config = self._config
+        if not config.learner.num_learners:
+            yield
+            return
+
+        def kill() -> None:
+            self._display.line(
+                f"iteration {self._state.iteration + 1}: no update within "
+                f"{config.learner.update_timeout_s:g} s (learner.update_timeout_s); the learner is "
+                "killed"
+            )
+            self._weights.kill_learners()
+
+        # Before the update, actors may take twice this: to get ready, and to sample.
+        limit_s = config.learner.update_timeout_s + 2 * config.rollouts.sample_timeout_s
+        timer = threading.Timer(limit_s, kill)
+        timer.daemon = True
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.cancel()
 
     def _replace_silent_runners(self) -> None:
         dropped = self._algorithm.env_runner_group.num_env_runners_dropped_lifetime()
@@ -187,7 +229,10 @@ class PPOPhase:
             self._outage = ""
 
     def _tell_of_restarts(self, figures: dict[str, float]) -> None:
-        restarts = self._algorithm.env_runner_group.num_remote_worker_restarts()
+        restarts = (
+            self._algorithm.env_runner_group.num_remote_worker_restarts()
+            + self._algorithm.unnoticed_restarts
+        )
         figures["faults/runner_restarts"] = float(restarts - self._runner_restarts)
         self._runner_restarts = restarts
         if reason := self._runner_errors.last():
@@ -197,19 +242,28 @@ class PPOPhase:
             )
 
     def _queue_figures(self) -> dict[str, float]:
-        """The queue's metrics, {} while Redis is away. Raises LostPart when the queue is gone."""
+        """The queue's metrics, {} while Redis is away.
+
+        Raises LostPart when the queue is gone, or may hold as delivered what was not learned from.
+        """
         try:
             with redis_errors(self._redis_url):
                 self._queue.check_present()
                 self._seen = self._queue.seen()
                 status = self._queue.status()
         except QueueLost as error:
-            with redis_errors(self._redis_url):
-                self._queue.remember(self._seen, self._duplicates)
+            try:
+                with redis_errors(self._redis_url):
+                    self._queue.remember(self._seen, self._duplicates)
+            except RetryableError as away:  # again: duplicates will not be known as such
+                self._display.line(f"iteration {self._state.iteration}: {away}")
             raise LostPart(str(error)) from error
         except RetryableError as error:
             self._outage = str(error)
             return {}
+        if self._unsure:
+            # Acknowledged with the next checkpoint, they would be lost.
+            raise LostPart("Redis was away when answers reached the learner")
         self._duplicates = status.duplicates
         return {
             "queue/waiting": float(status.waiting),

@@ -1,18 +1,14 @@
 """What the driver asks of the rollout actors beside PPO's sampling: answers, and barriers."""
 
 import functools
-import os
 import random
-import signal
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import ray
 import torch
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from torch import Tensor
 
 from mara_rl.agent import Agent, AgentSpec, Rule
@@ -21,6 +17,7 @@ from mara_rl.decoding.blend import Blend
 from mara_rl.decoding.decoder import Decoder
 from mara_rl.decoding.request import DecodeRequest, DecodeSettings
 from mara_rl.errors import MaraError, RetryableError
+from mara_rl.training.actor_process import kill_process
 from mara_rl.training.config import TrainConfig
 
 _MAX_ATTEMPTS = 3
@@ -201,7 +198,7 @@ class RolloutGroup:
         silent = [i for i in self._group.healthy_env_runner_ids() if i not in answering]
         for number in silent:
             manager = self._group._worker_manager  # RLlib offers no other way to replace one
-            _kill_process(manager.actors()[number])
+            kill_process(manager.actors()[number])
             manager.set_actor_state(number, healthy=False)
         return silent
 
@@ -264,19 +261,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def _kill_process(actor: Any) -> None:
-    """SIGKILL, from the actor's own node: `ray.kill` asks the process to end, which hangs."""
-    info = ray._private.state.actors(actor._actor_id.hex())
-    where = NodeAffinitySchedulingStrategy(info["Address"]["NodeID"], soft=False)
-    kill: Any = _sigkill  # a function to type checkers
-    kill.options(scheduling_strategy=where).remote(info["Pid"])
-
-
-@ray.remote(num_cpus=0)
-def _sigkill(pid: int) -> None:
-    os.kill(pid, signal.SIGKILL)
 
 
 def _seed_learner(learner: Any, seed: int) -> None:

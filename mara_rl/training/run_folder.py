@@ -91,7 +91,7 @@ class RunFolder:
         """The folder of run ``name``, new or as an earlier process left it.
 
         So a job that is submitted again under its name goes on. Raises ConfigError for a bad name,
-        and where the run was started with another config.
+        where the run was started with another config, and where the folder is something else's.
         """
         if not re.fullmatch(NAME_PATTERN, name):
             raise ConfigError(
@@ -101,6 +101,11 @@ class RunFolder:
         folder = cls(mara_home() / name)
         folder.path.mkdir(exist_ok=True)
         if not folder.config.is_file():
+            if other := sorted(p.name for p in folder.path.iterdir() if not p.name.startswith(".")):
+                raise ConfigError(
+                    f"run name {name!r}: {folder.path} is there and is no run (it holds "
+                    f"{other[0]!r} and no config.yaml): give the run another name"
+                )
             folder._write_config(config)
             return folder
         before = load_config(str(folder.config))

@@ -104,7 +104,8 @@ def train(
         restarts, saved = 0, -1
         while True:
             try:
-                return run.go_on(resumed)
+                outcome = run.go_on(resumed)
+                break
             except LostPart as error:
                 resumed = load_newest_checkpoint(folder.checkpoints)
                 if resumed is None:
@@ -119,6 +120,8 @@ def train(
                 display.line(f"{error}; going back to checkpoint {saved}")
                 time.sleep(_RESTART_WAIT_S * (restarts - 1))
                 stop.check()
+    folder.finish(outcome)  # MLflow has it all by now
+    return outcome
 
 
 @dataclass(frozen=True)
@@ -194,7 +197,7 @@ class _Run:
                     {name: score.weight for name, score in config.scores.items()},
                     state.score_scales,
                 )
-                algorithm.set_reward(reward)
+                algorithm.reward = reward
                 phase.run(self.check_interrupt)
                 phase.save()
             except Interrupted:
@@ -231,13 +234,11 @@ class _Run:
                 {f"time/{name.replace(' ', '_')}_s": s for name, s in display.phase_s.items()},
                 step=state.iteration,
             )
-        outcome = RunOutcome(
+        return RunOutcome(
             run=folder.name,
             agent_uri=agent_uri,
             preference_rate=result_line(heldout.both) if heldout else None,
         )
-        folder.finish(outcome)
-        return outcome
 
     def _queue(self, state: TrainState) -> tuple[PromptQueue, PromptSourceConfig]:
         """The run's prompt queue, standing where ``state`` says."""

@@ -97,6 +97,15 @@ class Chaos:
         assert rewards
         for step, mean, _ in rewards:  # a single 0 would move it by REWARD_LEVEL / answers
             assert abs(mean - REWARD_LEVEL) < REWARD_LEVEL / answers[step] / 2
+        # A reward is Σ weight · score / scale, with the scales of the start in every actor.
+        metrics = {
+            name: {step: value for step, value, _ in metric_history(self.home, name)}
+            for name in ("rollout/reward", "rollout/score_reward", "rollout/score_cost")
+        }
+        scales = [metric_history(self.home, f"base/scale_{n}")[0][1] for n in ("reward", "cost")]
+        for step, reward in metrics["rollout/reward"].items():
+            scores = [metrics[f"rollout/score_{n}"][step] for n in ("reward", "cost")]
+            assert reward == pytest.approx(scores[0] / scales[0] - scores[1] / scales[1], rel=1e-3)
         steps = [step for step, _ in iterations(self.home)]
         assert steps == list(range(1, len(steps) + 1)), "no step is missing or there twice"
 

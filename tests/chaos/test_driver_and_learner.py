@@ -21,6 +21,21 @@ def test_the_learner_dies(chaos) -> None:
     assert "resumed tiny-1 at iteration" in output
 
 
+def test_the_learner_hangs(chaos) -> None:
+    run = chaos.start(
+        learner={"num_learners": 1, "num_cpus": 0.3, "update_timeout_s": 4},
+        rollouts={"sample_timeout_s": 8},
+    )
+    run.until_iteration(3)
+    at = time.time()
+    run.processes(LEARNER)[0].suspend()
+    took_s = chaos.recovered(run, at)
+    fault = "the learner hangs (learner.update_timeout_s: 4, rollouts.sample_timeout_s: 8)"
+    output = chaos.end(run, fault, took_s)
+    assert "no update within 4 s (learner.update_timeout_s); the learner is killed" in output
+    assert "the learner failed: " in output
+
+
 def test_the_driver_dies(chaos) -> None:
     run = chaos.start(rollouts={"num_runners": 2})
     run.until_iteration(5)

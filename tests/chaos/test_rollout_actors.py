@@ -2,6 +2,7 @@
 
 import time
 
+import psutil
 import pytest
 from training_runs import RUNNER, metric_history
 
@@ -25,6 +26,19 @@ def test_an_actor_dies_in_mid_episode(chaos, runners: int) -> None:
     # Ray says that the actor died, or that it is unavailable.
     told = "0 of 1 runners alive: The actor" if runners == 1 else "is replaced: The actor"
     assert told in output
+    assert sum(n for _, n, _ in metric_history(chaos.home, "faults/runner_restarts")) == 1
+
+
+def test_a_lone_actor_dies_while_the_learner_is_at_work(chaos) -> None:
+    """No call to it fails: it is there again, without reward scales and weights, for the next."""
+    run = chaos.start(rollouts={"num_runners": 1}, ppo={"epochs": 1500})
+    run.until_iteration(1)
+    driver = psutil.Process(run.process.pid)
+    run.until(lambda: driver.cpu_percent(interval=1) > 80, "an update")
+    at = time.time()
+    run.processes(RUNNER)[0].kill()
+    took_s = chaos.recovered(run, at)
+    chaos.end(run, "the only rollout actor killed while the learner is at work", took_s)
     assert sum(n for _, n, _ in metric_history(chaos.home, "faults/runner_restarts")) == 1
 
 

@@ -185,6 +185,19 @@ def test_duplicates_are_told_apart_on_a_redis_that_lost_its_data(empty_redis):
     assert again.status().duplicates == 5 + 3
 
 
+def test_dead_prompts_stay_out_on_a_redis_that_lost_its_data(empty_redis):
+    queue = make_queue(empty_redis, 4)
+    queue.restart()
+    dead = queue.read("a", 1)[0]
+    queue.reject(dead.entry_id, "empty")
+    position = queue.position()
+    connect(empty_redis).flushall()
+    again = make_queue(empty_redis, 4)
+    again.restart(position)
+    assert dead.prompt_id not in ids([*again.read("b", 4), *again.read("b", 4)])
+    assert again.position().withdrawn == [dead.prompt_id]
+
+
 def test_a_prompt_that_died_after_the_checkpoint_lives_again(empty_redis):
     queue = make_queue(empty_redis, 4, max_failures=1)
     queue.fail(queue.read("a", 1)[0].entry_id, "before")

@@ -121,6 +121,9 @@ def test_errors_that_may_pass_and_others(empty_redis):
     finally:
         client.config_set("maxmemory", "0")
     client.set("key", "value")
+    full = redis.ResponseError("MISCONF Redis is configured to save RDB snapshots, but")
+    with pytest.raises(RetryableError, match="cannot serve: MISCONF"), redis_errors(empty_redis):
+        raise full
     with pytest.raises(redis.ResponseError, match="WRONGTYPE"), redis_errors(empty_redis):
         client.hget("key", "field")
 

@@ -104,6 +104,16 @@ def test_a_changed_byte_is_noticed(tmp_path: Path) -> None:
     assert load_newest_checkpoint(tmp_path)[0].iteration == 1
 
 
+def test_one_that_cannot_be_read_is_not_taken_for_torn(tmp_path: Path) -> None:
+    save(tmp_path, 1)
+    newest = save(tmp_path, 2)
+    (newest / "learner.pt").unlink()
+    (newest / "learner.pt").mkdir()  # reading it is an OSError, as of a file system that fails
+    with pytest.raises(DataError, match=r"000002: could not be read: "):
+        load_newest_checkpoint(tmp_path)
+    assert newest.exists()
+
+
 def test_none_without_checkpoints(tmp_path: Path) -> None:
     assert load_newest_checkpoint(tmp_path) is None
 

@@ -32,12 +32,17 @@ class FakeAlgorithm:
         self.env_runner_group = SimpleNamespace(
             num_healthy_remote_workers=lambda: 0, num_env_runners_dropped_lifetime=lambda: 0
         )
+        self.unnoticed_restarts = 0
 
     def train(self) -> dict[str, Any]:
         outcome = self.outcomes.pop(0) if len(self.outcomes) > 1 else self.outcomes[0]
         if isinstance(outcome, Exception):
             raise outcome
         return outcome
+
+
+def away() -> None:
+    raise redis.ConnectionError("gone")
 
 
 class QuietQueue:
@@ -80,6 +85,7 @@ def test_no_progress_names_the_cause_saves_and_ends(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(ppo_phase, "_RETRY_WAIT_S", 0.05)
     out = io.StringIO()
     phase = phase_of(FakeAlgorithm(RetryableError("Redis is away"), {}), out)
+    monkeypatch.setattr(phase._queue, "check_present", away)
     saved = []
     monkeypatch.setattr(phase, "save", lambda: saved.append(4))
     with pytest.raises(RetryableError, match=r"no update for 0.3 s .*; checkpoint 4 is saved"):
@@ -87,7 +93,7 @@ def test_no_progress_names_the_cause_saves_and_ends(monkeypatch: pytest.MonkeyPa
     assert saved == [4]
     lines = [line for line in out.getvalue().splitlines() if line.startswith("iteration 5")]
     assert len(lines) > 1
-    assert all("0 of 1 runners alive: Redis is away" in line for line in lines)
+    assert all("0 of 1 runners alive: Redis at redis://localhost cannot" in line for line in lines)
 
 
 def update(rows: int) -> dict[str, Any]:
@@ -111,7 +117,7 @@ def test_faults_of_iterations_without_an_update_count_in_the_next(
 ) -> None:
     monkeypatch.setattr(ppo_phase, "_RETRY_WAIT_S", 0.0)
     out, logged = io.StringIO(), []
-    outcomes = [{}, RetryableError("Redis is away"), update(rows=7), update(rows=9)]
+    outcomes = [{}, {}, update(rows=7), update(rows=9)]
     cause = "score 'cost' from app 'cost': ActorDiedError"
     failures = frozenset(["no answer within 2 s", "not finite"])
     faults = iter([Faults(4, 3, failures, frozenset([cause])), Faults()])
@@ -182,11 +188,30 @@ def test_a_lost_queue_sends_the_run_back_with_what_tells_duplicates(
     assert queue.remembered == (["0 0 p1"], 7)
 
 
+def test_a_batch_that_redis_may_have_noted_in_vain_sends_the_run_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its prompts would be acknowledged with the next checkpoint, and never be learned from."""
+    monkeypatch.setattr(ppo_phase, "_RETRY_WAIT_S", 0.0)
+    phase = phase_of(FakeAlgorithm(RetryableError("Redis is away"), {}), io.StringIO())
+    calls = []
+
+    def away_at_first() -> None:
+        calls.append(1)
+        if len(calls) < 3:
+            away()
+
+    monkeypatch.setattr(phase._queue, "check_present", away_at_first)
+    with pytest.raises(LostPart, match="Redis was away when answers reached the learner"):
+        phase.run(check_interrupt=lambda: None)
+    assert len(calls) == 3
+
+
 class FlakyQueue:
-    """A queue whose Redis is away on the first call."""
+    """A queue whose Redis is away on the first call, and on the first acknowledgement."""
 
     def __init__(self) -> None:
-        self.calls = 0
+        self.calls = self.acks = 0
         self.acknowledged: list[list[str]] = []
 
     def position(self) -> QueuePosition | None:
@@ -199,6 +224,9 @@ class FlakyQueue:
         return ["entry"]
 
     def ack_delivered(self, entry_ids: list[str]) -> None:
+        self.acks += 1
+        if self.acks == 1:
+            away()
         self.acknowledged.append(entry_ids)
 
 
@@ -214,6 +242,8 @@ def test_a_checkpoint_without_redis_is_made_up_for_and_then_not_repeated(tmp_pat
     assert load_newest_checkpoint(tmp_path / "checkpoints") is not None
     assert queue.acknowledged == []
     assert out.getvalue().startswith("checkpoint 4: ")
+    phase.save()  # the acknowledgement fails
+    assert out.getvalue().count("checkpoint 4: ") == 2
     phase.save()
     phase.save()  # nothing was learned since
     assert queue.acknowledged == [["entry"]]

@@ -31,6 +31,13 @@ def test_a_folder_whose_creation_was_cut_off_is_completed(home: Path) -> None:
     assert RunFolder.open("mine")[1].name == "quickstart"
 
 
+def test_a_folder_that_is_no_run_is_left_alone(home: Path) -> None:
+    (home / "hub" / "models").mkdir(parents=True)
+    with pytest.raises(ConfigError, match=r"run name 'hub': .* is no run \(it holds 'models'"):
+        RunFolder.named("hub", load_config("quickstart"))
+    assert (home / "hub" / "models").is_dir()
+
+
 def test_another_config_under_the_same_name_is_refused_by_its_first_difference() -> None:
     RunFolder.named("mine", load_config("quickstart"))
     other = load_config("quickstart", ["ppo.lr=0.5", "seed=3"])
