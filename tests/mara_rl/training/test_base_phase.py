@@ -1,9 +1,16 @@
-"""How base answers are spread over prompts and openings."""
+"""How base answers are spread over prompts and openings, and scored."""
 
 from collections import Counter
+from collections.abc import Sequence
 from itertools import pairwise
 
-from mara_rl.training.base_phase import openings_of, prompts_of, spread
+import numpy as np
+import pytest
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
+
+from mara_rl.decoding.answer import DecodedAnswer
+from mara_rl.errors import RetryableError
+from mara_rl.training.base_phase import openings_of, prompts_of, score_in_batches, spread
 from mara_rl.training.config import WarmStartConfig
 
 
@@ -38,3 +45,31 @@ def test_a_share_of_the_answers_tries_each_opening() -> None:
     again, other = openings_of(warm, 2000, seed=0), openings_of(warm, 2000, seed=1)
     assert openings_of(warm, 2000, seed=0) == again != other
     assert openings_of(WarmStartConfig(answers=8), 8, seed=0) is None
+
+
+class ScorerThatWasAway:
+    """Scores an answer by its length; the first calls fail."""
+
+    names = ("reward",)
+
+    def __init__(self, failures: int) -> None:
+        self.failures = failures
+
+    def score(self, pairs: Sequence[tuple[str, str]]) -> np.ndarray:
+        if self.failures:
+            self.failures -= 1
+            raise RetryableError("no answer within 2 s")
+        return np.array([[len(answer)] for _, answer in pairs], dtype=float)
+
+
+def test_scores_are_asked_for_again_as_often_as_patience_has_it() -> None:
+    answers = [DecodedAnswer("p" * (3 - i), text="a" * i) for i in range(3)]
+    patience = Retrying(
+        stop=stop_after_attempt(3), retry=retry_if_exception_type(RetryableError), reraise=True
+    )
+    scores = score_in_batches(ScorerThatWasAway(2), answers, patience=patience, batch_size=2)
+    assert scores.tolist() == [[0.0], [1.0], [2.0]]
+    with pytest.raises(RetryableError):
+        score_in_batches(ScorerThatWasAway(3), answers, patience=patience)
+    with pytest.raises(RetryableError):
+        score_in_batches(ScorerThatWasAway(1), answers)
