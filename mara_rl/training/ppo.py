@@ -47,7 +47,7 @@ class AcceptPPO(PPO):
         new = group.foreach_env_runner(
             functools.partial(_set_reward, reward=self.reward),
             local_env_runner=False,
-            timeout_seconds=config.sample_timeout_s,
+            timeout_seconds=config.env_runner_health_probe_timeout_s,  # they are idle
         )
         if numbers := [number for number in new if number]:
             self.unnoticed_restarts += len(numbers) if self.iteration else 0  # all are new at first
