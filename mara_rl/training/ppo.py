@@ -39,6 +39,7 @@ class AcceptPPO(PPO):
 
     reward: RewardSpec
     unnoticed_restarts = 0
+    _noticed_restarts = 0
 
     def training_step(self) -> None:
         """Ray starts an actor that dies again, as it was made: without scales and weights."""
@@ -49,13 +50,16 @@ class AcceptPPO(PPO):
             local_env_runner=False,
             timeout_seconds=config.env_runner_health_probe_timeout_s,  # they are idle
         )
+        noticed = group.num_remote_worker_restarts()
         if numbers := [number for number in new if number]:
-            self.unnoticed_restarts += len(numbers) if self.iteration else 0  # all are new at first
+            if self.iteration:  # at first all are new
+                self.unnoticed_restarts += max(0, len(numbers) - noticed + self._noticed_restarts)
             group.sync_weights(
                 from_worker_or_learner_group=self.learner_group,
                 to_worker_indices=numbers,
                 inference_only=True,
             )
+        self._noticed_restarts = noticed
         super().training_step()
 
 
