@@ -46,9 +46,10 @@ RUNS = {
     **{f"both-{seed}": [f"seed={seed}"] for seed in (0, 1, 2)},
     "warm-0": VARIANTS["warm"],
     "ppo-0": VARIANTS["ppo"],
-    "relative-0": ["agent.head=relative", "warm_start.distil_epochs=0"],
-    "anchored-0": ["agent.head=anchored"],
-    "ppo-paper-0": [*VARIANTS["ppo"], "agent.head=paper"],  # as the paper's agents begin
+    "relative-half-0": [*CHEAP, "ppo.iterations=10", "agent.head=relative"],
+    "anchored-half-0": [*CHEAP, "ppo.iterations=10", "agent.head=anchored"],
+    # as the paper's agents begin
+    "ppo-paper-half-0": [*VARIANTS["ppo"], "ppo.iterations=18", "agent.head=paper"],
 }
 STRENGTHS = (0.5, 1.5, 2.0)
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 from delivery_log import DeliveryLog
+from mlflow_servers import MLflowServer
 from redis_servers import RedisServer
 from training_runs import (
     POISON,
@@ -34,6 +35,7 @@ class Chaos:
 
     Attributes:
         prompt_ids: those that can be answered.
+        models: what the run is made of.
     """
 
     def __init__(self, folder: Path, models: TinyModels) -> None:
@@ -45,14 +47,14 @@ class Chaos:
         self.env = {"MARA_REDIS_URL": self.redis.url}
         self.prompt_ids = {f"p{i}" for i in range(PROMPTS)} - {POISONED}
         self.runs: list[TrainingProcess] = []
-        self._folder, self._models = folder, models
+        self._folder, self.models = folder, models
 
     def start(self, **sections: Any) -> TrainingProcess:
         """Start a run that goes on until it is ended, with these sections in its config."""
         prompts = [f"Tell me about {i} foxes." for i in range(PROMPTS)]
         prompts[int(POISONED[1:])] += POISON
         sections["ppo"] = {"iterations": 100_000, **sections.get("ppo", {})}
-        config = write_config(self._folder, self._models, prompts, **sections)
+        config = write_config(self._folder, self.models, prompts, **sections)
         return self._run(str(config))
 
     def resume(self) -> TrainingProcess:
@@ -129,3 +131,12 @@ def chaos(tmp_path: Path, models: TinyModels) -> Iterator[Chaos]:
     chaos = Chaos(tmp_path, models)
     yield chaos
     chaos.close()
+
+
+@pytest.fixture
+def mlflow_server(chaos: Chaos) -> Iterator[MLflowServer]:
+    chaos.home.mkdir()
+    server = MLflowServer(chaos.home)  # its database is where the harness looks for one
+    server.start()
+    yield server
+    server.kill()

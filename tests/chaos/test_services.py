@@ -3,7 +3,6 @@
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -77,15 +76,6 @@ def test_redis_dies_and_comes_back(chaos, data: str) -> None:
     )
     lost = [line for line in output.splitlines() if "is missing from Redis; going back to" in line]
     assert len(lost) == (data == "without")
-
-
-@pytest.fixture
-def mlflow_server(chaos) -> Iterator[MLflowServer]:
-    chaos.home.mkdir()
-    server = MLflowServer(chaos.home)  # its database is where the harness looks for one
-    server.start()
-    yield server
-    server.kill()
 
 
 def test_mlflow_is_away_for_a_minute(chaos, mlflow_server: MLflowServer) -> None:

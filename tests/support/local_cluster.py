@@ -5,19 +5,21 @@ import datetime
 import ipaddress
 import os
 import secrets
+import shlex
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import redis
 import requests
+import yaml
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -66,65 +68,109 @@ def local_cluster(folder: Path, *, num_cpus: int, home: Path) -> Iterator[LocalC
     with contextlib.ExitStack() as stack:
         redis_url = stack.enter_context(tls_redis(folder / "redis"))
         mlflow_url = stack.enter_context(mlflow_server(folder / "mlflow"))
-        dashboard_port, *ports = free_ports(7)
-        dashboard = f"http://127.0.0.1:{dashboard_port}"
-        environment = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("RAY_", "MLFLOW_", "MARA_"))
-        } | {
-            "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-            "RAY_AUTH_MODE": "token",
-            "RAY_AUTH_TOKEN": secrets.token_hex(32),
-            "RAY_API_SERVER_ADDRESS": dashboard,
-            "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # there is no other node to drain to
-            "MARA_HOME": str(home),
-            "MARA_REDIS_URL": redis_url,
-            "MARA_API_KEY": "a-key-for-the-tests",
-            "MARA_SCORE_KEY": "a-key-for-the-scores-of-the-tests",
-            "MLFLOW_TRACKING_URI": mlflow_url,
-            "HF_HUB_OFFLINE": "1",
-        }
-        stack.enter_context(ray_head(environment, dashboard_port, ports, num_cpus, folder))
-        yield LocalCluster(
-            environment, dashboard, mlflow_url, redis_url, gcs=f"127.0.0.1:{ports[0]}"
-        )
+        environment = cluster_environment(home, redis_url, mlflow_url)
+        head = stack.enter_context(ray_head(environment, folder, num_cpus))
+        environment["RAY_API_SERVER_ADDRESS"] = head.dashboard
+        yield LocalCluster(environment, head.dashboard, mlflow_url, redis_url, head.gcs)
+
+
+def cluster_environment(home: Path, redis_url: str, mlflow_url: str) -> dict[str, str]:
+    """What docs/cluster.md wants in the environment of a cluster's nodes, and nothing of ours."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("RAY_", "MLFLOW_", "MARA_"))
+    } | {
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # there is no other node to drain to
+        "MARA_HOME": str(home),
+        "MARA_REDIS_URL": redis_url,
+        "MARA_API_KEY": "a-key-for-the-tests",
+        "MARA_SCORE_KEY": "a-key-for-the-scores-of-the-tests",
+        "MLFLOW_TRACKING_URI": mlflow_url,
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def compose_command(service: str) -> list[str]:
+    """The command line of a service in `deploy/compose.yaml`; options put behind it prevail."""
+    services = yaml.safe_load((ROOT / "deploy" / "compose.yaml").read_text())["services"]
+    return _of_this_environment(services[service]["command"])
+
+
+def _of_this_environment(command: list[str]) -> list[str]:
+    return [str(BIN / command[0]), *command[1:]]
+
+
+@dataclass(frozen=True)
+class HeadNode:
+    """A running ``ray start --head --block``.
+
+    Attributes:
+        dashboard: its URL.
+        gcs: the address that other nodes and drivers join it at.
+    """
+
+    process: subprocess.Popen[bytes]
+    dashboard: str
+    gcs: str
 
 
 @contextlib.contextmanager
-def ray_head(
-    environment: Mapping[str, str],
-    dashboard_port: int,
-    ports: list[int],
-    num_cpus: int,
-    folder: Path,
-) -> Iterator[None]:
-    """``ray start --head`` on ports of its own, so that other Rays here are left alone."""
-    options = ("port", "ray-client-server-port", "dashboard-agent-listen-port")
-    options += ("dashboard-agent-grpc-port", "runtime-env-agent-port", "metrics-export-port")
+def ray_head(environment: Mapping[str, str], folder: Path, num_cpus: int) -> Iterator[HeadNode]:
+    """The head node of Compose, on ports of its own so that other Rays here are left alone."""
+    dashboard_port, gcs_port, client_port = free_ports(3)
+    dashboard = f"http://127.0.0.1:{dashboard_port}"
     # Ray's sockets lie below it, and their paths must be short.
     with tempfile.TemporaryDirectory(prefix="mara-ray-", ignore_cleanup_errors=True) as scratch:
-        command = [BIN / "ray", "start", "--head", "--block", "--disable-usage-stats"]
-        command += [f"--{name}={port}" for name, port in zip(options, ports, strict=True)]
+        command = [*compose_command("node"), *_node_options("127.0.0.1", num_cpus)]
+        command += [f"--port={gcs_port}", f"--ray-client-server-port={client_port}"]
         command += [f"--dashboard-port={dashboard_port}", "--dashboard-host=127.0.0.1"]
-        command += ["--node-ip-address=127.0.0.1", f"--temp-dir={scratch}"]
-        command += [f"--num-cpus={num_cpus}", "--num-gpus=0"]
-        command += ["--min-worker-port=0", "--max-worker-port=0"]
+        command += [f"--temp-dir={scratch}"]
         with process(command, folder / "ray.log", environment) as head:
             # The dashboard answers before there is an agent that takes jobs.
             probe = [BIN / "ray", "job", "submit", "--no-wait", "--", "true"]
+            asking = {**environment, "RAY_API_SERVER_ADDRESS": dashboard}
             await_ready(
                 lambda: (
                     subprocess.run(
-                        probe, env=dict(environment), capture_output=True, timeout=60, check=False
+                        probe, env=asking, capture_output=True, timeout=60, check=False
                     ).returncode
                     == 0
                 ),
                 head,
                 folder / "ray.log",
             )
-            yield
+            yield HeadNode(head, dashboard, f"127.0.0.1:{gcs_port}")
+
+
+@contextlib.contextmanager
+def ray_node(
+    environment: Mapping[str, str], log: Path, gcs: str, ip: str, num_cpus: int, resource: str
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A worker node as of `deploy/ray-cluster.yaml`, at an address of loopback of its own."""
+    settings = yaml.safe_load((ROOT / "deploy" / "ray-cluster.yaml").read_text())
+    [line] = [each for each in settings["worker_start_ray_commands"] if "--address" in each]
+    command = _of_this_environment(shlex.split(line.replace("$RAY_HEAD_IP:6379", gcs)))
+    command += ["--block", *_node_options(ip, num_cpus), f'--resources={{"{resource}": 1}}']
+    with process(command, log, environment) as node:
+        yield node
+
+
+def _node_options(ip: str, num_cpus: int) -> list[str]:
+    options = ("dashboard-agent-listen-port", "dashboard-agent-grpc-port")
+    options += ("runtime-env-agent-port", "metrics-export-port")
+    return [
+        *(f"--{name}={port}" for name, port in zip(options, free_ports(4), strict=True)),
+        f"--node-ip-address={ip}",
+        f"--num-cpus={num_cpus}",
+        "--num-gpus=0",
+        "--min-worker-port=0",
+        "--max-worker-port=0",
+    ]
 
 
 def system_redis() -> str | None:
@@ -172,11 +218,11 @@ def mlflow_server(folder: Path) -> Iterator[str]:
     """URL of an MLflow server over SQLite that hands artifacts through."""
     folder.mkdir(parents=True)
     [port] = free_ports(1)
-    command = [BIN / "mlflow", "server", "--host", "127.0.0.1", "--port", port, "--workers", 1]
-    command += ["--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
-    command += ["--artifacts-destination", folder / "artifacts", "--serve-artifacts"]
-    # The name of the service on Kubernetes and in Compose, and where it is here.
-    command += ["--allowed-hosts", f"mlflow:5000,127.0.0.1:{port}"]
+    # Compose's, which lets in the name of the service and where it is here.
+    here = {"/mlflow/": f"{folder}/", "0.0.0.0": "127.0.0.1", "127.0.0.1:5000": f"127.0.0.1:{port}"}
+    command = [*compose_command("mlflow"), f"--port={port}"]
+    for theirs, ours in here.items():
+        command = [word.replace(theirs, ours) for word in command]
     url = f"http://127.0.0.1:{port}"
 
     def answers() -> bool:
@@ -192,7 +238,7 @@ def mlflow_server(folder: Path) -> Iterator[str]:
 
 @contextlib.contextmanager
 def process(
-    command: list[object],
+    command: Sequence[object],
     log: Path,
     environment: Mapping[str, str] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
