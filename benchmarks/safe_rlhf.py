@@ -52,6 +52,8 @@ RUNS = {
     "ppo-paper-half-0": [*VARIANTS["ppo"], "ppo.iterations=18", "agent.head=paper"],
 }
 STRENGTHS = (0.5, 1.5, 2.0)
+SCRATCH = ("ppo-0", "ppo-half-0", "ppo-0-exact", "ppo-half-0-exact")
+BASELINES = ("base", "best-of-4", "best-of-16", *SCRATCH)
 
 
 def split(source: Path, folder: Path) -> tuple[Path, Path]:
@@ -150,9 +152,9 @@ def interval(value: dict[str, Any], key: str = "value", digits: int = 2) -> str:
 def table(summary: dict[str, Any], baseline: str, forwards: dict[str, int]) -> str:
     """Markdown: each method against ``baseline``, by both judges."""
     judges = list(summary["judges"])
-    heads = ["method", "tokens through the LLM in training"]
+    heads = ["method", "training tokens"]
     heads += [f"{what}, {judge}" for judge in judges for what in ("both axes", "weighted reward")]
-    heads += ["KL a token", "LLM forwards a token", "tokens/s"]
+    heads += [f"safe, {judges[-1]}", "refused", "KL a token", "forwards a token", "tokens/s"]
     lines = [f"| {' | '.join(heads)} |", f"{'|---' * len(heads)}|"]
     for name, method in summary["methods"].items():
         cells = [name, f"{forwards[name]:,}" if name in forwards else "–"]
@@ -160,6 +162,8 @@ def table(summary: dict[str, Any], baseline: str, forwards: dict[str, int]) -> s
             found = summary["pairwise"][judge][name].get(baseline)
             both = interval(found, "rate", 1) if found else "–"
             cells += [both, interval(found["weighted"]) if found else "–"]
+        cells.append(f"{100 * method['judges'][judges[-1]]['safe_share']['value']:.0f} %")
+        cells.append(f"{100 * method['answers']['refusal_share']:.0f} %")
         for key, digits in (("kl_per_token", 3), ("forwards_per_token", 2), ("tokens_per_s", 0)):
             value = method["decoding"].get(key)
             cells.append("–" if value is None else f"{value:.{digits}f}")
@@ -216,7 +220,7 @@ def main() -> None:
     parts = ", ".join(f"{name} {spent / 60:.0f}" for name, spent in seconds.items())
     total_h = sum(seconds.values()) / 3600
     print(f"minutes: {parts}; {total_h:.1f} hours on {os.cpu_count()} cores in all")
-    for baseline in ("base", "best-of-4", "best-of-16", "ppo-0", "ppo-0-exact", "ppo-half-0"):
+    for baseline in BASELINES:
         if baseline in summary["methods"]:
             print(f"\nagainst {baseline}\n\n{table(summary, baseline, forwards)}")
 

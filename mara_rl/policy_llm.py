@@ -119,13 +119,12 @@ def load_policy_llm(
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    torch_dtype = DTYPES[dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    device, dtype = placement(device, dtype)
     with _quiet_loading():
         try:
             source = _source(name)
             tokenizer = AutoTokenizer.from_pretrained(**source)
-            model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch_dtype)
+            model = AutoModelForCausalLM.from_pretrained(**source, dtype=DTYPES[dtype])
         except Exception as error:  # damaged files raise whatever their readers stumble over
             raise _not_loadable(name, error) from error
     if chat and tokenizer.chat_template is None:
@@ -137,6 +136,12 @@ def load_policy_llm(
     if pack:
         pack_linears(llm.model)
     return llm
+
+
+def placement(device: str | torch.device | None, dtype: DType | None) -> tuple[torch.device, DType]:
+    """What is not given: the first CUDA device, else the CPU; bfloat16 on CUDA, else float32."""
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return device, dtype or ("bfloat16" if device.type == "cuda" else "float32")
 
 
 def llm_hidden_size(name: str) -> int:

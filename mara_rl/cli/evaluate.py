@@ -103,6 +103,8 @@ def evaluate(
     values: dict[str, Any] = read_plan(plan, overrides or [])
     values |= {key: value for key, value in flags.items() if value is not None}
     if judges:
+        if any(override.startswith("judges") for override in overrides or []):
+            raise ConfigError("--set judges…: --judge replaces all judges; expected one of the two")
         values["judges"] = _judges(judges)
     named = _named_agents(agents)
     short = methods.split(",") if methods is not None else None
@@ -112,6 +114,7 @@ def evaluate(
             if spec.get("kind") == "agent":
                 spec["allow_other_llm"] = True
     checked = checked_plan(values, f"plan {plan!r}" if plan else "plan")
+    checked = _pinned(checked, single_node)
     loaded = _loaded(checked, single_node)
     own = next((agent.spec.llm for agent in loaded.values() if agent.spec.llm), None)
     if "llm" not in values and own:
@@ -133,10 +136,10 @@ def _run(
 ) -> None:
     from mara_rl.cli.agents import registry_uri
     from mara_rl.evaluation.console import show
-    from mara_rl.evaluation.run import check_agents
+    from mara_rl.evaluation.run import check_llms
     from mara_rl.evaluation.run import evaluate as run
 
-    check_agents(plan, agents)
+    check_llms(plan, agents)
     uri = registry_uri(single_node) if track else None
     folder = out or _new_folder()
     display.line(f"evaluation in {folder}")
@@ -146,13 +149,15 @@ def _run(
     except KeyboardInterrupt:
         display.line(f"interrupted: the same command with --out {folder} goes on from here")
         raise
-    if uri is not None:
-        from mara_rl.evaluation.tracking import track as log
+    try:
+        if uri is not None:
+            from mara_rl.evaluation.tracking import track as log
 
-        for line in log(done, uri):
-            display.line(line)
-    display.line(f"report: {folder / 'report.html'}")
-    show(done.summary, display)
+            for line in log(done, uri):
+                display.line(line)
+    finally:  # with MLflow away as well
+        display.line(f"report: {folder / 'report.html'}")
+        show(done.summary, display)
 
 
 def _methods(
@@ -233,6 +238,24 @@ def _judges(given: Sequence[str]) -> dict[str, dict[str, Any]]:
             raise ConfigError(f"--judge: {name}={models}; expected NAME=REWARD,COST[,training]")
         judges[name] = {"reward": reward, "cost": cost, "training": role == "training"}
     return judges
+
+
+def _pinned(plan: "EvaluationPlan", single_node: bool) -> "EvaluationPlan":
+    """The plan with the versions that aliases of the registry name now: they may move meanwhile."""
+    from mara_rl.cli.agents import registry_uri
+    from mara_rl.evaluation.plan import AgentMethod
+    from mara_rl.tracking.registry import AgentRegistry
+
+    methods = dict(plan.methods)
+    for name, method in plan.methods.items():
+        if isinstance(method, AgentMethod) and method.agent.startswith("models:/"):
+            try:
+                version = AgentRegistry(registry_uri(single_node)).find(method.agent)
+            except DataError as error:
+                raise DataError(f"method {name!r}: {error}") from error
+            ref = f"models:/{version.name}/{version.version}"
+            methods[name] = method.model_copy(update={"agent": ref})
+    return plan.model_copy(update={"methods": methods})
 
 
 def _loaded(plan: "EvaluationPlan", single_node: bool) -> dict[str, "Agent"]:

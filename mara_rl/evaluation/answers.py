@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mara_rl.atomic_write import write_atomically
 from mara_rl.errors import DataError, first_line, first_problem
+from mara_rl.evaluation.prompt_set import PromptSet
 from services.prompt_files import PromptRecord
 
 _TEXT_FIELDS = ("answer", "text", "output", "response")
@@ -83,21 +85,22 @@ def write_answers(path: Path, table: Sequence[Sequence[Answer]]) -> None:
     write_atomically(path, "".join(line + "\n" for line in lines))
 
 
-def read_foreign_answers(path: str, prompts: Sequence[PromptRecord]) -> list[list[Answer]]:
+def read_foreign_answers(path: str, prompts: PromptSet) -> list[list[Answer]]:
     """Answers that were made elsewhere, as many to each prompt as the file has.
 
     A row holds the answer in ``answer``, ``text``, ``output`` or ``response``, and names its prompt
-    by ``id`` or by its text in ``prompt`` or ``instruction``. Rows of other prompts are an error,
-    and so are prompts without an answer.
+    by ``id`` or by its text in ``prompt`` or ``instruction``. Rows of prompts that were left out
+    are passed over; where a prompt stands in the prompt file more than once, the answers to the
+    first count. Rows of other prompts are an error, and so are prompts without an answer.
 
     Raises DataError naming the file and the row or prompt.
     """
     file = Path(path)
     if not file.is_file():
         raise DataError(f"{path}: no such file")
-    by_id = {prompt.prompt_id: prompt for prompt in prompts}
-    by_text = {prompt.text: prompt for prompt in prompts}
-    found: dict[str, list[Answer]] = {prompt.prompt_id: [] for prompt in prompts}
+    by_id = {prompt.prompt_id: prompt for prompt in prompts.read}
+    by_text = {prompt.text: prompt for prompt in reversed(prompts.read)}
+    found: dict[str, list[Answer]] = {name: [] for name in prompts.ids}
     rows = 0
     for place, row in _foreign_rows(file):
         rows += 1
@@ -107,16 +110,26 @@ def read_foreign_answers(path: str, prompts: Sequence[PromptRecord]) -> list[lis
             raise DataError(
                 f"{path}, {place}: no answer text; expected {' or '.join(_TEXT_FIELDS)}"
             )
-        answers = found[prompt.prompt_id]
-        answers.append(Answer(id=prompt.prompt_id, replicate=len(answers), text=text))
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{path}, {place}: not text ({first_line(error)})") from error
+        if prompt.prompt_id in found:
+            answers = found[prompt.prompt_id]
+            answers.append(Answer(id=prompt.prompt_id, replicate=len(answers), text=text))
     if not rows:
         raise DataError(f"{path}: no answers in it")
     missing = [name for name, answers in found.items() if not answers]
     if missing:
         raise DataError(
-            f"{path}: no answer to {len(missing)} of {len(prompts)} prompts (the first: "
+            f"{path}: no answer to {len(missing)} of {len(found)} prompts (the first: "
             f"{missing[0]!r}); expected answers to the same prompts"
         )
+    places = Counter(prompt.prompt_id for prompt in prompts.read)
+    least = min(len(answers) for answers in found.values())
+    for name, answers in found.items():
+        if len(answers) == least * places[name]:
+            del answers[least:]
     counts = sorted({len(answers) for answers in found.values()})
     if len(counts) > 1:
         raise DataError(

@@ -30,7 +30,7 @@ def chosen_examples(judged: Judged, method: str) -> list[dict[str, Any]]:
             {
                 "rank": name,
                 "id": prompt.prompt_id,
-                "kind": str(prompt.extra.get("kind", "")),
+                "kind": str(prompt.extra.get("kind") or ""),
                 "prompt": prompt.text,
                 "change": float(change[row]),
                 "answers": {

@@ -18,7 +18,7 @@ from mara_rl.decoding.decoder import Decoder
 from mara_rl.decoding.request import DecodeRequest, DecodeSettings
 from mara_rl.display import Display
 from mara_rl.errors import DataError, MaraError
-from mara_rl.evaluation.answers import Answer, AnswerFile, read_foreign_answers
+from mara_rl.evaluation.answers import Answer, AnswerFile
 from mara_rl.evaluation.plan import (
     AgentMethod,
     AnswersMethod,
@@ -62,15 +62,13 @@ class Generation:
         self._llm: PolicyLLM | None = None
         self._decoder: Decoder | None = None
 
-    def run(self) -> dict[str, Table]:
+    def run(self, given: Mapping[str, Table]) -> dict[str, Table]:
         """The answers of every method but those that choose among others' (best_of).
 
-        What the folder holds already is not made again. Raises DataError naming the method.
+        ``given``: those made elsewhere. What the folder holds already is not made again. Raises
+        DataError naming the method.
         """
-        plan, tables = self._plan, dict[str, Table]()
-        for name, method in plan.methods.items():
-            if isinstance(method, AnswersMethod):
-                tables[name] = read_foreign_answers(method.file, self._prompts.prompts)
+        plan, tables = self._plan, dict(given)
         generated = {
             name: method
             for name, method in plan.methods.items()
@@ -138,23 +136,21 @@ class Generation:
         jobs = []
         for row, number in todo:
             prompt = self._prompts.prompts[row]
+            text, max_new_tokens = prompt.text, self._plan.max_new_tokens
+            if isinstance(method, RewriteMethod):
+                text = method.text(prompt.text, tables[method.of][row][number].text)
+                ids = llm.prompt_ids(text) if method.chat else llm.tokenizer(text)["input_ids"]
+                # A long answer to rewrite leaves less room for what becomes of it.
+                room = llm.context_tokens - len(ids)
+                max_new_tokens = min(max_new_tokens, max(room, 1))
+            else:
+                ids = llm.prompt_ids(text, self._plan.system)
             settings = DecodeSettings.parse(
-                max_new_tokens=self._plan.max_new_tokens,
+                max_new_tokens=max_new_tokens,
                 seed=answer_seed(self._plan.seed, name, prompt.prompt_id, number),
                 **_decode_options(method),
             )
-            text, ids = prompt.text, None
-            if isinstance(method, RewriteMethod):
-                text = method.text(prompt.text, tables[method.of][row][number].text)
-                ids = None if method.chat else llm.tokenizer(text)["input_ids"]
-            request = DecodeRequest.of(
-                llm,
-                text,
-                settings,
-                prompt_ids=ids,
-                blend=blend,
-                system=None if isinstance(method, RewriteMethod) else self._plan.system,
-            )
+            request = DecodeRequest.of(llm, text, settings, prompt_ids=ids, blend=blend)
             jobs.append(_Job(prompt.prompt_id, number, request))
         return jobs
 
@@ -185,13 +181,11 @@ class Generation:
                 if not complete:
                     continue
                 now_s, spent = time.monotonic(), decoder.token_forwards
+                share = 1 / len(complete)
+                failed = [job.id for job, a in complete if a.finish_reason == "failed"]
                 for job, answer in complete:
                     if answer.finish_reason == "failed":
-                        raise DataError(
-                            f"prompt {job.id!r}: hidden states of the LLM are not finite; try "
-                            "another dtype"
-                        )
-                    share = 1 / len(complete)
+                        continue
                     file.append(
                         Answer(
                             id=job.id,
@@ -206,6 +200,11 @@ class Generation:
                             forwards=(spent - forwards) * share,
                             seconds=(now_s - began_s) * share,
                         )
+                    )
+                if failed:
+                    raise DataError(
+                        f"prompt {failed[0]!r}: hidden states of the LLM are not finite; try "
+                        "another dtype"
                     )
                 forwards, began_s = spent, now_s
                 phase.advance(len(complete))

@@ -1,5 +1,6 @@
 """What answers on disk depend on: a folder is gone on with only if none of it has changed."""
 
+import contextlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -8,12 +9,16 @@ from typing import Any
 from mara_rl.agent import Agent
 from mara_rl.agent_files import agent_sha256
 from mara_rl.atomic_write import write_atomically
-from mara_rl.errors import ConfigError
+from mara_rl.errors import ConfigError, first_line
 from mara_rl.evaluation.fingerprints import file_sha256, llm_sha256
-from mara_rl.evaluation.plan import AnswersMethod, BestOfMethod, EvaluationPlan
+from mara_rl.evaluation.plan import AnswersMethod, BestOfMethod, EvaluationPlan, RewriteMethod
 from mara_rl.evaluation.prompt_set import PromptSet
+from mara_rl.file_lock import held
+from mara_rl.policy_llm import placement
 
 FILE = "inputs.json"
+ANSWERS = "answers"
+LOCK = "lock"
 
 
 def plan_inputs(
@@ -21,22 +26,29 @@ def plan_inputs(
 ) -> dict[str, Any]:
     """All that fixes the answers, by name, the content of files included.
 
-    Judges, weights and methods that only choose among answers are not part of it.
+    Judges and weights are not part of it; of methods that only choose among answers, that they do.
     """
-    shared = ("llm", "dtype", "system", "max_new_tokens", "seed")
+    device, dtype = placement(None, plan.dtype)
+    shared = ("llm", "system", "max_new_tokens", "seed")
     inputs: dict[str, Any] = {name: getattr(plan, name) for name in shared}
+    inputs |= {"dtype": dtype, "device": device.type}
     inputs["llm_sha256"] = llm_sha256(plan.llm)
     inputs["prompts"] = {"source": plan.prompts, "n": len(prompts.prompts)}
     inputs["prompts"]["checksum"] = prompts.checksum
     inputs["methods"] = {}
     for name, method in plan.methods.items():
         if isinstance(method, BestOfMethod):
+            inputs["methods"][name] = {"kind": method.kind}
             continue
         found = method.model_dump(mode="json")
         if isinstance(method, AnswersMethod):
-            path = Path(method.file)
-            found["sha256"] = file_sha256(path) if path.is_file() else ""
-        elif method.llm is not None:
+            found["sha256"] = file_sha256(Path(method.file))
+        if isinstance(method, RewriteMethod):
+            source = plan.methods[method.of]
+            found["of_sha256"] = (
+                file_sha256(Path(source.file)) if isinstance(source, AnswersMethod) else ""
+            )
+        if not isinstance(method, AnswersMethod) and method.llm is not None:
             found["llm_sha256"] = llm_sha256(method.llm)
         if name in agents:
             found["agent_sha256"] = agent_sha256(agents[name])
@@ -44,27 +56,44 @@ def plan_inputs(
     return inputs
 
 
-def claim(folder: Path, inputs: Mapping[str, Any]) -> bool:
-    """Make ``folder`` one of these inputs, or see that it is; whether it was there before.
+@contextlib.contextmanager
+def opened(folder: Path) -> Iterator[None]:
+    """Make the folder of an evaluation, or enter one, and keep other processes out.
 
-    Methods may be added. Raises ConfigError naming the first input that differs.
+    Raises ConfigError where something else is in it, or another process evaluates there.
     """
-    path = folder / FILE
     folder.mkdir(parents=True, exist_ok=True)
-    before: dict[str, Any] = {}
-    if path.is_file():
-        before = json.loads(path.read_text(encoding="utf-8"))
+    if not (folder / FILE).is_file() and any(path.name != LOCK for path in folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty and holds no evaluation; give another --out")
+    refusal = f"{folder} is being evaluated by another process; expected one that is stopped"
+    with held(folder / LOCK, refusal):
+        (folder / ANSWERS).mkdir(exist_ok=True)
+        yield
+
+
+def claim(folder: Path, inputs: Mapping[str, Any]) -> bool:
+    """See that the answers in ``folder`` are of these inputs; whether there are any.
+
+    Methods may be added, and changed as long as they have no answers. Raises ConfigError naming
+    the first input that differs.
+    """
+    path, before = folder / FILE, dict[str, Any]()
+    begun = {file.stem for file in (folder / ANSWERS).glob("*.jsonl") if file.stat().st_size}
+    if begun:
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ConfigError(f"{path}: {first_line(error)}; give another --out") from error
+        before["methods"] = {n: each for n, each in before["methods"].items() if n in begun}
         for key, old, new in _differences(before, json.loads(json.dumps(inputs))):
             raise ConfigError(
                 f"{folder} holds an evaluation with {key}: {old!r}, not {new!r}; give the same "
                 "again to go on, or another --out"
             )
-    elif any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty and holds no evaluation; give another --out")
     merged = dict(inputs)
     merged["methods"] = {**before.get("methods", {}), **inputs["methods"]}
     write_atomically(path, json.dumps(merged, indent=2, ensure_ascii=False) + "\n")
-    return bool(before)
+    return bool(begun)
 
 
 def _differences(

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import torch
 
 from mara_rl.display import Display
 from mara_rl.errors import ConfigError, DataError, MaraError
@@ -18,7 +17,7 @@ from mara_rl.evaluation.fingerprints import score_model_sha256
 from mara_rl.evaluation.plan import AXES, EvaluationPlan, Judge, is_url
 from mara_rl.evaluation.prompt_set import PromptSet
 from mara_rl.evaluation.score_cache import ScoreCache
-from mara_rl.policy_llm import DType
+from mara_rl.policy_llm import DType, placement
 from mara_rl.score_models.loading import load_score_model, shipped_names
 
 _BATCH = 64
@@ -65,10 +64,8 @@ def _source(name: str, axis: str, judge: Judge) -> ScoreSource:
     if judge.serve:
         return _served_source(name, axis, model)
     sha256 = score_model_sha256(model)
-    on_cuda = torch.cuda.is_available()
-    dtype = judge.dtype or ("bfloat16" if on_cuda else "float32")
-    device = "cuda" if on_cuda else "cpu"
-    return ScoreSource(name, axis, model, dtype, f"{sha256} {device} {dtype}", sha256)
+    device, dtype = placement(None, judge.dtype)
+    return ScoreSource(name, axis, model, dtype, f"{sha256} {device.type} {dtype}", sha256)
 
 
 def _served_source(judge: str, axis: str, service: str) -> ScoreSource:

@@ -36,6 +36,12 @@ class BaseMethod(Section):
         """Whether its answers to one prompt differ."""
         return self.rule == "sample"
 
+    @property
+    def is_reference(self) -> bool:
+        """Whether it is what KL is taken to: the plan's LLM, at temperature 1, as truncated."""
+        changed = (self.temperature, self.top_k, self.top_p) != (1.0, None, None)
+        return self.llm is None and not (self.samples and changed)
+
 
 class AgentMethod(Section):
     """An LLM under an agent."""
@@ -55,8 +61,14 @@ class AgentMethod(Section):
 
     @property
     def samples(self) -> bool:
-        """Whether its answers to one prompt differ."""
+        """Whether its answers to one prompt differ by this plan, whatever the agent's own rule."""
         return self.rule == "sample"
+
+    @property
+    def as_trained(self) -> bool:
+        """Whether the agent decodes as it says itself."""
+        told = (self.strength, self.exact, self.rule, self.temperature)
+        return told == (1.0, None, None, 1.0)
 
 
 class BestOfMethod(Section):
@@ -191,8 +203,8 @@ class EvaluationPlan(Section):
         if isinstance(method, BaseMethod | AgentMethod):
             if method.replicates > 1 and not method.samples:
                 raise ValueError(
-                    f"methods.{name}.replicates: {method.replicates}, but without rule sample all "
-                    "answers to a prompt are the same; expected 1"
+                    f"methods.{name}.replicates: {method.replicates} without rule: sample; "
+                    "expected 1, or that rule"
                 )
         elif isinstance(method, BestOfMethod | RewriteMethod):
             source = self.methods.get(method.of)

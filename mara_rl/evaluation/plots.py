@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mara_rl.evaluation.summary import Judged
+from mara_rl.evaluation.summary import BOUND_KL, GREEDY_KL, SAMPLED_KL, TEMPERED_KL, Judged
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,6 +17,7 @@ _INK = "#010203"  # stands for the page's text colour until `_svg` puts it in
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#999999")
 _WIN, _TIE, _LOSE = "#228833", "#99999966", "#ee6677"
 _WIDTH = 7.2  # inches
+_KL_MARKS = {SAMPLED_KL: "o", TEMPERED_KL: "s", GREEDY_KL: "s", BOUND_KL: "^"}
 
 
 def win_bars(figures: Mapping[str, Any], judge: str) -> str | None:
@@ -67,9 +68,11 @@ def rate_intervals(figures: Mapping[str, Any], judge: str) -> str | None:
 
 def frontier_points(
     figures: Mapping[str, Any], judge: str
-) -> dict[str, list[tuple[float, float, float, float, str]]]:
-    """KL a token, gain in weighted reward, its interval and the method's name, by family."""
-    points: dict[str, list[tuple[float, float, float, float, str]]] = {}
+) -> dict[str, list[tuple[float, float, float, float, str, str]]]:
+    """KL a token, gain in weighted reward, its interval, the method's name and the mark of what
+    its KL is, by family.
+    """
+    points: dict[str, list[tuple[float, float, float, float, str, str]]] = {}
     for name, method in figures["methods"].items():
         if name == figures["baseline"]:
             gain = {"value": 0.0, "low": 0.0, "high": 0.0}
@@ -78,7 +81,8 @@ def frontier_points(
         kl = method["decoding"].get("kl_per_token")
         if kl is None:
             continue
-        point = (kl, gain["value"], gain["low"], gain["high"], name)
+        mark = _KL_MARKS.get(method["decoding"].get("kl_is"), "o")
+        point = (kl, gain["value"], gain["low"], gain["high"], name, mark)
         points.setdefault(_family(method), []).append(point)
     return points
 
@@ -91,13 +95,16 @@ def frontier(figures: Mapping[str, Any], judge: str) -> str | None:
     figure, axes = _figure(3.6)
     for colour, family in zip(_cycle(len(points)), points.values(), strict=True):
         family.sort()
-        kls, gains, lows, highs, names = zip(*family, strict=True)
-        axes.plot(kls, gains, "o-", color=colour, lw=1.2)
+        kls, gains, lows, highs, names, marks = zip(*family, strict=True)
+        axes.plot(kls, gains, color=colour, lw=1.2)
         axes.vlines(kls, lows, highs, color=colour, lw=1.6, alpha=0.6)
-        for kl_at, gain_at, name in zip(kls, gains, names, strict=True):
+        for kl_at, gain_at, name, mark in zip(kls, gains, names, marks, strict=True):
+            axes.plot(kl_at, gain_at, mark, color=colour)
             axes.annotate(name, (kl_at, gain_at), (6, 5), textcoords="offset points")
     axes.margins(x=0.12)
-    axes.set_xlabel("KL to the LLM, nats a token")
+    axes.set_xlabel(
+        "KL to the LLM, nats a token; squares: along greedy answers, triangles: a bound"
+    )
     axes.set_ylabel("weighted reward over the baseline")
     return _svg(figure, f"Reward against KL under judge {judge}")
 

@@ -1,6 +1,5 @@
 """The prompts of an evaluation: each once, none that training has seen unnoticed."""
 
-import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ class PromptSet:
     """N prompts, and what was found while reading them.
 
     Attributes:
+        read: all that the file has, in its order.
         duplicates: how many were left out because an earlier one is the same once normalised.
         seen: ids of those that occur in the training prompts, normalised; left out or not.
         dropped_seen: whether they were left out.
@@ -27,6 +27,7 @@ class PromptSet:
     duplicates: int
     seen: Sequence[str]
     dropped_seen: bool
+    read: Sequence[PromptRecord]
 
     @property
     def ids(self) -> list[str]:
@@ -43,7 +44,7 @@ class PromptSet:
 
     def kinds(self) -> list[str]:
         """``ordinary``, ``harmful``, … of each prompt; "" where the file does not say."""
-        return [str(prompt.extra.get("kind", "")) for prompt in self.prompts]
+        return [str(prompt.extra.get("kind") or "") for prompt in self.prompts]
 
     def groups(self, fields: Sequence[str]) -> dict[str, np.ndarray]:
         """Rows (indices) of the prompts by ``field: value``, of the fields that they have."""
@@ -81,13 +82,17 @@ def load_prompt_set(plan: EvaluationPlan) -> PromptSet:
         prompts = [prompts[i] for i in chosen]
         kept = {prompt.prompt_id for prompt in prompts}
         seen = [name for name in seen if name in kept or plan.drop_seen]
-    return PromptSet(prompts, len(records) - len(first), seen, plan.drop_seen)
+    return PromptSet(prompts, len(records) - len(first), seen, plan.drop_seen, records)
 
 
 def normalised(text: str) -> str:
-    """Lower-case words alone: what differs in case, punctuation or spacing is one prompt."""
-    words = re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold())
-    return " ".join(words) or text.strip()
+    """Lower-case, without punctuation: what differs in that or in spacing is one prompt.
+
+    Signs that change what is asked for stay: symbols as + and $, and # % & @ * / of punctuation.
+    """
+    plain = unicodedata.normalize("NFKC", text).casefold()
+    kept = "".join(c if c in "#%&@*/" or unicodedata.category(c)[0] != "P" else " " for c in plain)
+    return " ".join(kept.split()) or text.strip()
 
 
 def _records(name: str, split: Literal["train", "heldout"]) -> list[PromptRecord]:

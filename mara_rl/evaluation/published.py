@@ -10,7 +10,7 @@ import yaml
 
 from mara_rl.agent import Agent
 from mara_rl.errors import ConfigError
-from mara_rl.evaluation.plan import AgentMethod, EvaluationPlan
+from mara_rl.evaluation.plan import AXES, AgentMethod, BaseMethod, EvaluationPlan, Judge
 
 
 def published_set(plan: EvaluationPlan) -> str | None:
@@ -32,27 +32,29 @@ def published_beside(
 ) -> list[dict[str, Any]]:
     """One row for every comparison of the plan that the paper has a figure of.
 
-    An agent against the LLM alone (its own: table 1; another: table 3), and against methods named
-    ``rlhf``, ``dpo`` and ``aligner`` (table 2). ``figures`` is what `summary` gave. Nothing where
-    the paper has no figure for the LLM.
+    An agent as trained against its LLM alone and greedy (the one it was trained on: table 1;
+    another: table 3), and against methods named ``rlhf``, ``dpo`` and ``aligner`` (table 2), by the
+    first judge that has the paper's two score models. ``figures`` is what `summary` gave. Nothing
+    where the paper has no figure for the LLM.
     """
     facts, prompt_set = _facts(), published_set(plan)
-    if prompt_set is None:
+    judge = next((n for n, j in plan.judges.items() if _judges_as_published(j, facts)), None)
+    if prompt_set is None or judge is None:
         return []
-    column, judge = facts["sets"].index(prompt_set), next(iter(plan.judges))
+    column = facts["sets"].index(prompt_set)
     rows = []
     for name, method in plan.methods.items():
-        if not isinstance(method, AgentMethod):
+        if not isinstance(method, AgentMethod) or not method.as_trained:
             continue
         llm, own = (_slug(text) for text in (plan.llm_of(method), agents[name].spec.llm))
         for other in figures["pairwise"][judge][name]:
-            if other == plan.baseline_name:
+            if other in ("rlhf", "dpo", "aligner"):
+                table, where = facts[other], "table 2"
+            elif _is_alone(plan, other, plan.llm_of(method)):
                 transferred = bool(own) and own != llm
                 table = facts["transfer"].get(own, {}) if transferred else facts["base"]
                 unsaid = "" if own else ", if it was trained on this LLM, which it does not say"
                 where = "table 3" if transferred else f"table 1{unsaid}"
-            elif other in ("rlhf", "dpo", "aligner"):
-                table, where = facts[other], "table 2"
             else:
                 continue
             if llm in table:
@@ -67,6 +69,16 @@ def published_beside(
                     }
                 )
     return rows
+
+
+def _judges_as_published(judge: Judge, facts: Mapping[str, Any]) -> bool:
+    return {axis: _slug(judge.model(axis)) for axis in AXES} == facts["judge"]
+
+
+def _is_alone(plan: EvaluationPlan, name: str, llm: str) -> bool:
+    """Whether a method is this LLM without an agent, greedy."""
+    method = plan.methods[name]
+    return isinstance(method, BaseMethod) and not method.samples and plan.llm_of(method) == llm
 
 
 def _facts() -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import contextlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,27 +15,32 @@ from mara_rl.agent import Agent
 from mara_rl.agent_files import agent_sha256
 from mara_rl.atomic_write import write_atomically
 from mara_rl.display import Display
-from mara_rl.errors import DataError
-from mara_rl.evaluation.answers import write_answers
+from mara_rl.errors import MaraError
+from mara_rl.evaluation.answers import read_foreign_answers, write_answers
 from mara_rl.evaluation.examples import chosen_examples
 from mara_rl.evaluation.figures import best_of_groups
 from mara_rl.evaluation.generation import Generation, Table
-from mara_rl.evaluation.inputs import claim, plan_inputs
+from mara_rl.evaluation.inputs import ANSWERS, FILE, claim, opened, plan_inputs
 from mara_rl.evaluation.judging import Judging, ScoreSource, score_sources
-from mara_rl.evaluation.plan import AXES, AgentMethod, BestOfMethod, EvaluationPlan
+from mara_rl.evaluation.plan import (
+    AXES,
+    AgentMethod,
+    AnswersMethod,
+    BaseMethod,
+    BestOfMethod,
+    EvaluationPlan,
+    RewriteMethod,
+)
 from mara_rl.evaluation.prompt_set import PromptSet, load_prompt_set
 from mara_rl.evaluation.published import published_beside, published_set
 from mara_rl.evaluation.report import write_report
 from mara_rl.evaluation.score_cache import ScoreCache
 from mara_rl.evaluation.summary import Judged, baseline_scales, summary
-from mara_rl.file_lock import held
 from mara_rl.home import mara_home
 
-ANSWERS = "answers"
 SCORES = "scores.jsonl"
 SUMMARY = "summary.json"
 REPORT = "report.html"
-LOCK = "lock"
 
 
 @dataclass(frozen=True)
@@ -71,15 +76,19 @@ def evaluate(
 
             stack.enter_context(ray_session())
         sources = score_sources(plan)
+        given = {
+            name: read_foreign_answers(method.file, prompts)
+            for name, method in plan.methods.items()
+            if isinstance(method, AnswersMethod)
+        }
+        stack.enter_context(opened(folder))
         if claim(folder, plan_inputs(plan, prompts, agents)):
             display.line(f"going on in {folder}")
-        refusal = f"{folder} is being evaluated by another process; expected one that is stopped"
-        stack.enter_context(held(folder / LOCK, refusal))
-        (folder / ANSWERS).mkdir(exist_ok=True)
         display.line(_about(prompts))
-        tables = Generation(plan, prompts, agents, folder / ANSWERS, display).run()
+        tables = Generation(plan, prompts, agents, folder / ANSWERS, display).run(given)
         cache = stack.enter_context(ScoreCache(mara_home() / "cache" / "scores.sqlite"))
-        judged = _judge(plan, prompts, tables, Judging(prompts, sources, cache, display), folder)
+        judging = Judging(prompts, sources, cache, display)
+        judged = _judge(plan, prompts, agents, tables, judging, folder)
     with display.phase("figures and report", total=1):
         figures = summary(judged)
         figures["judges"] = _judges(plan, sources)
@@ -92,7 +101,7 @@ def evaluate(
             "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "mara_rl": __version__,
             "plan": plan.model_dump(mode="json"),
-            "inputs": json.loads((folder / "inputs.json").read_text(encoding="utf-8")),
+            "inputs": json.loads((folder / FILE).read_text(encoding="utf-8")),
             "agents": {
                 name: {**agent.spec.model_dump(), "sha256": agent_sha256(agent)}
                 for name, agent in agents.items()
@@ -118,6 +127,7 @@ def _about(prompts: PromptSet) -> str:
 def _judge(
     plan: EvaluationPlan,
     prompts: PromptSet,
+    agents: Mapping[str, Agent],
     tables: dict[str, Table],
     judging: Judging,
     folder: Path,
@@ -126,7 +136,12 @@ def _judge(
     scores = {name: judging.scores(name, tables) for name in plan.judges}
     scales = {name: baseline_scales(plan, found) for name, found in scores.items()}
     chosen = {n: m for n, m in plan.methods.items() if isinstance(m, BestOfMethod)}
-    judged = Judged(plan, prompts, tables, scores, scales)
+    rules = {
+        name: method.rule or agents[name].spec.rule
+        for name, method in plan.methods.items()
+        if isinstance(method, AgentMethod)
+    }
+    judged = Judged(plan, prompts, tables, scores, scales, rules)
     for name, method in chosen.items():
         training = [judged.weighted(judge, method.of) for judge in plan.training_judges]
         weighted = np.sum(training, axis=0)
@@ -141,7 +156,7 @@ def _judge(
         write_answers(folder / ANSWERS / f"{name}.jsonl", tables[name])
     if chosen:
         scores = {name: judging.scores(name, tables) for name in plan.judges}
-    return Judged(plan, prompts, {n: tables[n] for n in plan.methods}, scores, scales)
+    return replace(judged, tables={n: tables[n] for n in plan.methods}, scores=scores)
 
 
 def _judges(
@@ -180,19 +195,21 @@ def _write_scores(path: Path, judged: Judged) -> None:
     write_atomically(path, "".join(line + "\n" for line in lines))
 
 
-def check_agents(plan: EvaluationPlan, agents: Mapping[str, Agent]) -> None:
-    """Refuse agents that do not fit their LLM before anything is decoded.
+def check_llms(plan: EvaluationPlan, agents: Mapping[str, Agent]) -> None:
+    """Refuse LLMs that are not there, and agents that do not fit theirs, before anything is made.
 
-    Raises DataError naming the method.
+    Raises ConfigError or DataError naming the method.
     """
     from mara_rl.policy_llm import llm_hidden_size
 
+    sizes: dict[str, int] = {}
     for name, method in plan.methods.items():
-        if isinstance(method, AgentMethod):
-            llm = plan.llm_of(method)
-            try:
-                agents[name].spec.check_llm(
-                    llm, llm_hidden_size(llm), allow_other_llm=method.allow_other_llm
-                )
-            except DataError as error:
-                raise DataError(f"method {name!r}: {error}") from error
+        if not isinstance(method, BaseMethod | AgentMethod | RewriteMethod):
+            continue
+        llm = plan.llm_of(method)
+        try:
+            sizes[llm] = sizes.get(llm) or llm_hidden_size(llm)
+            if isinstance(method, AgentMethod):
+                agents[name].spec.check_llm(llm, sizes[llm], allow_other_llm=method.allow_other_llm)
+        except MaraError as error:
+            raise type(error)(f"method {name!r}: {error}") from error

@@ -25,7 +25,7 @@ class ScoreCache:
                 "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, score REAL) WITHOUT ROWID"
             )
         except sqlite3.Error as error:
-            raise DataError(f"score cache {path}: {error}; remove it to begin anew") from error
+            raise self._failure(error) from error
 
     def get(self, model: str, pairs: Iterable[tuple[str, str]]) -> dict[tuple[str, str], float]:
         """The scores known of (prompt, answer) pairs; ``model`` says which model, files and all."""
@@ -33,7 +33,11 @@ class ScoreCache:
         found: dict[tuple[str, str], float] = {}
         for some in _chunks(list(keys)):
             marks = ",".join("?" * len(some))
-            rows = self._db.execute(f"SELECT key, score FROM scores WHERE key IN ({marks})", some)
+            query = f"SELECT key, score FROM scores WHERE key IN ({marks})"
+            try:
+                rows = self._db.execute(query, some).fetchall()
+            except sqlite3.Error as error:
+                raise self._failure(error) from error
             found |= {keys[bytes(key)]: score for key, score in rows}
         return found
 
@@ -44,7 +48,12 @@ class ScoreCache:
             with self._db:
                 self._db.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", rows)
         except sqlite3.Error as error:
-            raise DataError(f"score cache {self._path}: {error}") from error
+            raise self._failure(error) from error
+
+    def _failure(self, error: sqlite3.Error) -> DataError:
+        damaged = not isinstance(error, sqlite3.OperationalError)  # that is a lock, a full disk …
+        hint = "; remove it to begin anew" if damaged else ""
+        return DataError(f"score cache {self._path}: {error}{hint}")
 
     def __enter__(self) -> "ScoreCache":
         return self

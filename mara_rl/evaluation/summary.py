@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mara_rl.agent import Rule
 from mara_rl.evaluation.answers import Answer
 from mara_rl.evaluation.bootstrap import PairedBootstrap
 from mara_rl.evaluation.figures import (
@@ -35,6 +36,10 @@ from mara_rl.evaluation.prompt_set import PromptSet
 
 FORMAT = 1
 MIN_GROUP = 2
+SAMPLED_KL = "estimate from sampled answers"
+TEMPERED_KL = "along answers sampled at another temperature"
+GREEDY_KL = "along greedy answers"
+BOUND_KL = "upper bound log N − (N − 1)/N"
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class Judged:
         tables: by method, answers by prompt (N) and replicate (R).
         scores: by judge, method and axis, (N, R).
         scales: by judge and axis, what scores are divided by in the weighted reward.
+        rules: by method that has an agent, the rule it decoded by.
     """
 
     plan: EvaluationPlan
@@ -52,6 +58,7 @@ class Judged:
     tables: Mapping[str, Sequence[Sequence[Answer]]]
     scores: Mapping[str, Mapping[str, Scores]]
     scales: Mapping[str, dict[str, float]]
+    rules: Mapping[str, Rule]
 
     def weighted(self, judge: str, method: str) -> NDArray[np.float64]:
         """Weighted reward (N, R)."""
@@ -76,7 +83,8 @@ def baseline_scales(plan: EvaluationPlan, scores: Mapping[str, Scores]) -> dict[
         return {axis: plan.scales[axis] for axis in AXES}  # type: ignore[index]
     baseline = plan.methods[plan.baseline_name]
     found = scores[baseline.of if isinstance(baseline, BestOfMethod) else plan.baseline_name]
-    return {axis: float(found[axis].std()) or 1.0 for axis in AXES}
+    # Of equal scores, rounding may leave a deviation that is not 0.
+    return {axis: float(found[axis].std()) if np.ptp(found[axis]) else 1.0 for axis in AXES}
 
 
 def summary(judged: Judged) -> dict[str, Any]:
@@ -215,20 +223,21 @@ def _decoding(judged: Judged, name: str) -> dict[str, Any]:
         for of_single in ("kl_per_token", "kl_per_answer", "examined_per_token"):
             figures.pop(of_single, None)
         source = judged.plan.methods[method.of]
-        if tokens and isinstance(source, BaseMethod):
+        if tokens and isinstance(source, BaseMethod) and source.is_reference:
             figures["kl_per_answer"] = best_of_kl(method.n)
             figures["kl_per_token"] = best_of_kl(method.n) * len(answers) / tokens
-            figures["kl_is"] = "upper bound log N − (N − 1)/N"
+            figures["kl_is"] = BOUND_KL
     elif isinstance(method, RewriteMethod):
         rewritten = [answer for row in judged.tables[method.of] for answer in row]
-        figures |= cost_figures([*answers, *rewritten], tokens)
-        for of_single in ("kl_per_token", "kl_per_answer"):
+        for of_single in ("kl_per_token", "kl_per_answer", "forwards_per_token", "tokens_per_s"):
             figures.pop(of_single, None)
+        figures |= cost_figures([*answers, *rewritten], tokens)
     elif isinstance(method, AgentMethod):
-        sampled = method.rule == "sample" and method.temperature == 1.0
-        figures["kl_is"] = "estimate from sampled answers" if sampled else "along greedy answers"
-    elif isinstance(method, BaseMethod) and method.llm is not None:
-        for of_single in ("kl_per_token", "kl_per_answer"):  # of another LLM it is not known
+        figures["kl_is"] = GREEDY_KL
+        if judged.rules[name] == "sample":
+            figures["kl_is"] = SAMPLED_KL if method.temperature == 1.0 else TEMPERED_KL
+    elif isinstance(method, BaseMethod) and not method.is_reference:
+        for of_single in ("kl_per_token", "kl_per_answer"):  # to the plan's LLM it is not known
             figures.pop(of_single, None)
     return figures
 

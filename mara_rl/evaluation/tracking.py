@@ -49,7 +49,8 @@ def _versions(
         for name, method in plan.methods.items()
         if isinstance(method, AgentMethod)
         and method.agent.startswith("models:/")
-        and (method.strength, method.exact, method.rule, method.llm) == (1.0, None, None, None)
+        and method.as_trained
+        and method.llm is None
         and same_llm(figures["provenance"]["agents"][name]["llm"], plan.llm)
     }
 
@@ -62,7 +63,7 @@ def _evidence(
     registry: AgentRegistry,
 ) -> dict[str, str] | None:
     version, judge = versions[method], next(iter(plan.judges))
-    flaw = figures["methods"][method]["flag"] or ""
+    flaw = figures["methods"][method]["flag"] or _leak(figures["prompts"])
     champion = registry.champion(version.name)
     for other, its in versions.items():
         if its.name == version.name and its.version == champion and champion != version.version:
@@ -76,6 +77,13 @@ def _evidence(
         return None
     rate = rate_of(figures["pairwise"][judge][method][plan.baseline_name])
     return PromotionEvidence.from_rate(rate, against="base", flaw=flaw).tags()
+
+
+def _leak(prompts: Mapping[str, Any]) -> str:
+    seen = len(prompts["seen_in_training"])
+    if not seen or prompts["seen_were_dropped"]:
+        return ""
+    return f"{seen} of {prompts['n']} prompts were seen in training (--drop-seen)"
 
 
 def _tags(figures: Mapping[str, Any], method: str) -> dict[str, str]:

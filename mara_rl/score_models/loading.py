@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from mara_rl.errors import ConfigError, first_line
-from mara_rl.policy_llm import DTYPES, DType
+from mara_rl.policy_llm import DTYPES, DType, placement
 from mara_rl.score_models.base import ScoreModel
 from mara_rl.score_models.beaver import ARCHITECTURES, load_beaver
 from mara_rl.score_models.checkpoint import read_json
@@ -41,8 +41,7 @@ def load_score_model(
         DataError: a checkpoint is torn or not a score model; names the field or weight.
     """
     name = str(name_or_path)
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    device, dtype = placement(device, dtype)
     folder = score_model_folder(name)
     if (folder / CONFIG_FILE).is_file():
         return load_slice(name, folder, device, dtype)

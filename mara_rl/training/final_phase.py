@@ -57,7 +57,7 @@ class HeldoutEvaluation:
         self._evaluation = evaluation
         self._prompts = prompts[: evaluation.max_prompts]
         self._texts = [prompt.text for prompt in self._prompts]
-        self._kinds = [str(prompt.extra.get("kind", "unlabelled")) for prompt in self._prompts]
+        self._kinds = [str(prompt.extra.get("kind") or "unlabelled") for prompt in self._prompts]
         self._runners = runners
         self._scorer = ScoreClient(session.scores)
         self._display = display

@@ -21,9 +21,11 @@ from tiny_checkpoints import BeaverFolder, tiny_tokenizer, write_classifier, wri
 
 from mara_rl.agent_files import save_agent
 from mara_rl.cli import app
-from mara_rl.errors import DataError
+from mara_rl.errors import DataError, RetryableError
 from mara_rl.evaluation import judging
+from mara_rl.evaluation import run as evaluation_run
 from mara_rl.evaluation.console import warnings
+from mara_rl.evaluation.plan import PRESETS
 from mara_rl.evaluation.plots import frontier_points
 from mara_rl.file_lock import held
 from mara_rl.policy_llm import load_policy_llm
@@ -43,12 +45,14 @@ def made(tmp_path_factory, tiny_llms) -> dict[str, str]:
     root = tmp_path_factory.mktemp("made")
     llm = load_policy_llm(str(tiny_llms["llama"]), device="cpu", dtype="float32")
     save_agent(random_agent(llm, "relative", top_k=6, llm=llm.name), root / "agent")
+    save_agent(random_agent(llm, "relative", top_k=6, llm=llm.name, rule="sample"), root / "own")
     save_agent(make_agent(), root / "small")
     made = {
         "llm": llm.name,
         "other": str(tiny_llms["qwen3"]),
         "twin": str(root / "another-name"),
         "agent": str(root / "agent"),
+        "sampling": str(root / "own"),
         "small": str(root / "small"),
         "reward": str(write_classifier(root / "reward", num_labels=1)),
         "cost": str(BeaverFolder(root / "cost").write()),
@@ -333,7 +337,10 @@ def test_a_killed_run_goes_on_and_equals_one_that_was_not(evaluate, made, tmp_pa
         (["--prompts", "{root}/empty.jsonl"], "no prompts in it"),
         (["--prompts", "{root}/half.jsonl"], "1 of 2 prompts have no id"),
         (["--answers", "x={root}/empty.jsonl"], "no answers in it"),
-        (["--answers", "x={root}/others.jsonl"], "id 'q' is none of the 10 prompts"),
+        (["--answers", "x={root}/others.jsonl"], "id 'q' is none of the 11 prompts"),
+        (["--other-llm", "x={root}/no-llm"], "method 'x': llm '.*no-llm' could not be loaded"),
+        (["--set", "scales={{reward: .inf, cost: 1}}"], "scales.reward: .*finite"),
+        (["--set", "judges.tiny.safe_below=1"], "--judge replaces all judges"),
         (["--max-new-tokens", "500"], "method 'base': .*exceeds the LLM's context"),
         (["--set", "seed=-1"], "seed: "),
         (["--set", "published=Else"], "published: 'Else'"),
@@ -380,6 +387,83 @@ def test_a_changed_plan_is_refused_in_the_same_folder_and_more_methods_are_not(
     status, _, err = evaluate(*base_alone(made), *out, *more)
     assert status == 0, err
     assert (tmp_path / "out" / "answers" / "base.jsonl").read_bytes() == base
+
+
+def test_a_wrong_input_does_not_bind_the_folder(evaluate, made, tmp_path):
+    """What was never answered may be mended and tried again with the same --out."""
+    out, file = ("--out", tmp_path / "out"), tmp_path / "elsewhere.jsonl"
+    arguments = [*base_alone(made), "--answers", f"elsewhere={file}", *out]
+    for rows, status in (([{"id": "q", "answer": "x"}], 1), (answered("x"), 0), (answered("y"), 0)):
+        write_rows(file, rows)
+        assert evaluate(*arguments)[0] == status
+    scored = read_rows(tmp_path / "out" / "scores.jsonl")
+    assert len([row for row in scored if row["method"] == "elsewhere"]) == N
+
+
+def answered(text: str) -> list[dict]:
+    return [{"id": f"p{i}", "answer": f"{text} {i}"} for i in range(N)]
+
+
+def test_rewritten_answers_are_those_of_their_source(evaluate, made, tmp_path):
+    file, plan = tmp_path / "elsewhere.jsonl", tmp_path / "plan.yaml"
+    rewrite = {"kind": "rewrite", "of": "draft", "llm": made["llm"], "chat": True}
+    rewrite["template"] = "{question}|{answer}"
+    methods = {"base": {"kind": "base"}, "draft": {"kind": "answers", "file": str(file)}}
+    plan.write_text(yaml.safe_dump({"methods": methods | {"better": rewrite}}))
+    # The longest answer leaves five tokens of the context for what becomes of it.
+    llm = load_policy_llm(made["llm"], device="cpu", dtype="float32")
+    rows = answered("x")
+    while len(llm.prompt_ids(f"Question 0?|{rows[0]['answer']}a")) <= llm.context_tokens - 5:
+        rows[0]["answer"] += "a"
+    write_rows(file, rows)
+    arguments = [plan, *base_alone(made)[:-2], "--out", tmp_path / "out"]
+    status, _, err = evaluate(*arguments)
+    assert status == 0, err
+    first = {row["id"]: row for row in read_rows(tmp_path / "out" / "answers" / "better.jsonl")}
+    assert first["p0"]["tokens"] <= 5
+    assert {row["tokens"] for row in first.values()} > {first["p0"]["tokens"]}
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert "forwards_per_token" not in summary["methods"]["better"]["decoding"]  # draft's: unknown
+    write_rows(file, answered("another"))
+    status, _, err = evaluate(*arguments)
+    assert (status, "methods.better.of_sha256: " in err) == (1, True), err
+
+
+def test_a_name_is_not_given_to_answers_of_another_kind(evaluate, made, tmp_path):
+    arguments = [*base_alone(made), "--out", tmp_path / "out"]
+    pool = ("--set", "methods.sampled={kind: base, rule: sample, replicates: 2}")
+    chosen = ("--set", "methods.best={kind: best_of, n: 2}")
+    other = ("--set", f"methods.best={{kind: base, llm: {made['other']}}}")
+    assert evaluate(*arguments, *pool, *chosen)[0] == 0
+    status, _, err = evaluate(*arguments, *pool, *other)
+    assert (status, "methods.best.kind: 'best_of', not 'base'" in err) == (1, True), err
+
+
+def test_what_kl_is_of(evaluate, made, tmp_path):
+    """Only of the LLM as truncated, at temperature 1, it is known."""
+    agent = {"kind": "agent", "agent": made["agent"]}
+    base = {"kind": "base", "rule": "sample", "replicates": 2}
+    methods = {
+        "base": {"kind": "base"},
+        "sampled": base,
+        "hot": base | {"temperature": 2.0},
+        "narrow": base | {"top_k": 2},
+        "best-of-hot": {"kind": "best_of", "n": 2, "of": "hot"},
+        "best-of-2": {"kind": "best_of", "n": 2},
+        "drawn": agent | {"rule": "sample"},
+        "cold": agent | {"rule": "sample", "temperature": 0.5},
+        "own": {"kind": "agent", "agent": made["sampling"]},
+    }
+    plan = tmp_path / "plan.yaml"
+    plan.write_text(yaml.safe_dump({"methods": methods}))
+    status, _, err = evaluate(plan, *base_alone(made)[:-2], "--out", tmp_path / "out")
+    assert status == 0, err
+    found = json.loads((tmp_path / "out" / "summary.json").read_text())["methods"]
+    known = {name for name, each in found.items() if "kl_per_token" in each["decoding"]}
+    assert known == {"base", "sampled", "best-of-2", "drawn", "cold", "own"}
+    kinds = {name: each["decoding"].get("kl_is", "") for name, each in found.items()}
+    assert kinds["drawn"] == kinds["own"] == "estimate from sampled answers"
+    assert kinds["cold"] == "along answers sampled at another temperature"
 
 
 class FailingJudge:
@@ -528,30 +612,60 @@ def test_prompts_seen_in_training_are_told_or_dropped(evaluate, made, tmp_path):
 
 
 def test_the_paper_s_figure_stands_beside_the_measured_one(evaluate, made, tmp_path):
-    llm = Path(made["root"]) / "Mistral-7B-Instruct-v0.3"
-    if not llm.exists():
-        llm.symlink_to(made["llm"])
+    llms = [Path(made["root"]) / f"Mistral-7B-Instruct-v0.{i}" for i in (3, 2)]
+    judges = [tmp_path / f"beaver-7b-v1.0-{axis}" for axis in ("reward", "cost")]
+    for link, target in zip(
+        [*llms, *judges], [made["llm"], made["llm"], made["reward"], made["cost"]], strict=True
+    ):
+        link.symlink_to(target)
+    own = random_agent(
+        load_policy_llm(str(llms[0]), dtype="float32"), "relative", top_k=6, llm=str(llms[0])
+    )
+    save_agent(own, tmp_path / "agent")
     prompts = tmp_path / "SafeRLHF_test.json"
     prompts.write_text(json.dumps([{"instruction": f"Question {i}?"} for i in range(4)]))
-    status, text, err = evaluate(
-        "paper-protocol", *common(made), "--prompts", prompts, "--allow-other-llm",
-        "--set", f"llm={llm}", "--out", tmp_path / "out",
-    )  # fmt: skip
-    assert status == 0, err
-    # The agent names another LLM, so that its table is the one of transfers, without this pair.
-    assert "published" not in text
-    save = load_policy_llm(str(llm), dtype="float32")
-    save_agent(random_agent(save, "relative", top_k=6, llm=str(llm)), tmp_path / "agent")
-    status, text, err = evaluate(
-        "paper-protocol", *common(made), "--agent", f"own={tmp_path / 'agent'}",
-        "--prompts", prompts, "--allow-other-llm", "--set", f"llm={llm}", "--out", tmp_path / "two",
-    )  # fmt: skip
-    assert status == 0, err
-    assert re.search(
-        r"own over base on SafeRLHF: [+-]\d+\.\d \[.*\] measured, \+17\.09 published "
-        r"\(MARA, arXiv 2505\.19743, IJCAI 2025, table 1\)",
-        text,
-    )
+    agent = {"kind": "agent", "agent": str(tmp_path / "agent")}
+    moved = {"llm": str(llms[1]), "allow_other_llm": True}
+    methods = {
+        "base": {"kind": "base"},
+        "own": agent,
+        "weaker": agent | {"strength": 0.5},
+        "rlhf": {"kind": "base", "llm": made["twin"]},
+        "other": {"kind": "base", "llm": str(llms[1])},
+        "moved": agent | moved,
+        "loose": {"kind": "base", "rule": "sample"},
+    }
+    plan = yaml.safe_load((PRESETS / "paper-protocol.yaml").read_text())
+    plan |= {"methods": methods, "llm": str(llms[0]), "prompts": str(prompts)}
+    plan |= {"max_new_tokens": 12, "resamples": 200}
+    plan["judges"]["beaver"] |= dict(zip(("reward", "cost"), map(str, judges), strict=True))
+
+    def published(**changes: object) -> dict[tuple[str, str], tuple[float, str]]:
+        path, out = tmp_path / "plan.yaml", tmp_path / "out"
+        path.write_text(yaml.safe_dump(plan | changes, sort_keys=False))
+        status, text, err = evaluate(path, "--out", out)
+        assert status == 0, err
+        rows = json.loads((out / "summary.json").read_text())["published"]
+        for row in rows:
+            assert re.search(
+                rf"{row['method']} over {row['against']} on SafeRLHF: "
+                rf"[+-]\d+\.\d \[.*\] measured, \{row['published']:+} published",
+                text,
+            )
+        found = {(row["method"], row["against"]): row for row in rows}
+        return {key: (row["published"], row["source"][-7:]) for key, row in found.items()}
+
+    expected = {
+        ("own", "base"): (17.09, "table 1"),
+        ("own", "rlhf"): (14.07, "table 2"),
+        ("moved", "rlhf"): (24.62, "table 2"),
+        ("moved", "other"): (3.02, "table 3"),
+    }
+    assert published() == expected
+    # Whatever the others are held against, and not for answers of other judges.
+    assert published(baseline="rlhf") == published(baseline="loose") == expected
+    judge = {"reward": made["reward"], "cost": made["cost"]}
+    assert published(judges={"tiny": judge}) == {}
 
 
 def test_figures_become_tags_that_promotion_goes_by(evaluate, made, tmp_path, monkeypatch):
@@ -605,4 +719,54 @@ def test_figures_become_tags_that_promotion_goes_by(evaluate, made, tmp_path, mo
     assert status == 0, err
     tags = registry.find("models:/mara-tiny/3").tags
     assert (tags["preference.against"], tags["preference.champion_version"]) == ("champion", "1")
-    assert float(tags["preference.rate"]) == 0.0  # the same agent
+    summary = json.loads((tmp_path / "three" / "summary.json").read_text())
+    against = summary["pairwise"]["tiny"]["new"]
+    assert float(tags["preference.rate"]) == against["old"]["rate"] != against["base"]["rate"]
+    assert tags["preference.flaw"] == ""
+    # Not with prompts that training has seen.
+    status, text, err = evaluate(
+        *others, "--agent", "models:/mara-tiny/3", "--methods", "base,agent", "--track",
+        "--set", f"training_prompts={made['prompts']}", "--out", tmp_path / "four",
+    )  # fmt: skip
+    assert status == 0, err
+    flaw = registry.find("models:/mara-tiny/3").tags["preference.flaw"]
+    assert flaw == f"{N} of {N} prompts were seen in training (--drop-seen)"
+
+
+def test_the_version_that_was_evaluated_gets_the_figures(evaluate, made, tmp_path, monkeypatch):
+    """Though its alias names another one by then."""
+    monkeypatch.setenv("MARA_HOME", str(tmp_path / "home"))
+    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    registry = AgentRegistry(uri := tracking_uri(allow_local=True))
+
+    def register() -> None:
+        with TrackingRun.start(uri, "tests", "run", {}) as run:
+            registry.register("mara-tiny", run.log_agent(Path(made["agent"])), {})
+
+    register()
+    made_report = evaluation_run.write_report
+    monkeypatch.setattr(evaluation_run, "write_report", lambda *a: (made_report(*a), register()))
+    status, text, err = evaluate(
+        *[part for part in common(made) if part not in ("--agent", made["agent"])],
+        "--agent", "models:/mara-tiny@candidate", "--methods", "base,agent", "--track",
+        "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert status == 0, err
+    assert "tagged mara-tiny version 1 with agent's figures" in text
+    assert registry.find("models:/mara-tiny@candidate").version == 2
+
+
+def test_the_result_is_shown_though_mlflow_goes_away(evaluate, made, tmp_path, monkeypatch):
+    monkeypatch.setenv("MARA_HOME", str(tmp_path / "home"))
+    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+
+    def away(*_: object) -> list[str]:
+        raise RetryableError("no answer from MLflow")
+
+    monkeypatch.setattr("mara_rl.evaluation.tracking.track", away)
+    arguments = [*common(made), "--methods", "base,agent", "--track", "--out", tmp_path / "out"]
+    status, text, err = evaluate(*arguments)
+    assert (status, "no answer from MLflow" in err) == (1, True)
+    assert text.splitlines()[-1].startswith("preference rate: ")

@@ -5,9 +5,12 @@ import pytest
 
 from mara_rl.errors import DataError
 from mara_rl.evaluation.answers import Answer, AnswerFile, read_foreign_answers, write_answers
+from mara_rl.evaluation.plan import EvaluationPlan
+from mara_rl.evaluation.prompt_set import PromptSet, load_prompt_set
 from services.prompt_files import PromptRecord
 
-PROMPTS = [PromptRecord("a", "What is rain?"), PromptRecord("b", "How are you?")]
+RECORDS = [PromptRecord("a", "What is rain?"), PromptRecord("b", "How are you?")]
+PROMPTS = PromptSet(RECORDS, 0, [], False, RECORDS)
 
 
 def answer(name: str, replicate: int = 0) -> Answer:
@@ -37,7 +40,7 @@ def test_a_torn_last_line_is_cut_off(tmp_path, keep):
     with AnswerFile(path) as file:
         assert list(file.done) == [("a", 0)]
         file.append(answer("b"))
-    assert len(path.read_text().splitlines()) >= 2
+    assert path.read_bytes().count(b"\n") == 2
     assert list(AnswerFile(path).done) == [("a", 0), ("b", 0)]
 
 
@@ -86,6 +89,7 @@ A, B = {"id": "a", "text": "x"}, {"id": "b", "text": "y"}
         ([A], "no answer to 1 of 2 prompts .*'b'"),
         ([A, B, A], "1 to 2 answers a prompt"),
         ([A, 3], "line 2: expected an object"),
+        ([A, {"id": "b", "text": "\ud83d"}], "line 2: not text"),
     ],
 )
 def test_answers_of_another_prompt_set_are_refused(tmp_path, rows, message):
@@ -106,7 +110,34 @@ def test_files_that_other_programs_wrote(tmp_path):
     path = foreign(tmp_path, [A, B])
     text = Path(path).read_text(encoding="utf-8")
     Path(path).write_text(text, encoding="utf-8-sig")
-    assert len(read_foreign_answers(path, PROMPTS)) == len(PROMPTS)
+    assert len(read_foreign_answers(path, PROMPTS)) == len(RECORDS)
     Path(path).write_text(text.replace("}", ', "note": "é"}', 1), encoding="latin-1")
     with pytest.raises(DataError, match=r"not UTF-8 text \('utf-8' codec can't decode byte"):
         read_foreign_answers(path, PROMPTS)
+
+
+@pytest.mark.parametrize("change", [{}, {"max_prompts": 2}, {"drop_seen": True}])
+def test_answers_to_prompts_that_were_left_out_are_passed_over(tmp_path, change):
+    """A file has an answer to every line of the prompt file, duplicates and all."""
+    texts = ["One?", "Two?", "One?", "two", "Three?", "Four?"]
+    prompts, trained = tmp_path / "prompts.jsonl", tmp_path / "train.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    trained.write_text(json.dumps({"prompt": "four"}) + "\n")
+    plan = EvaluationPlan(
+        prompts=str(prompts),
+        training_prompts=str(trained),
+        methods={"base": {"kind": "base"}},
+        **change,
+    )
+    rows = [
+        {"prompt": text, "answer": f"{number} {part}"}
+        for number, text in enumerate(texts)
+        for part in "ab"
+    ]
+    kept = load_prompt_set(plan)
+    found = read_foreign_answers(foreign(tmp_path, rows), kept)
+    places = [texts.index(text) for text in kept.texts]
+    assert [[a.text for a in row] for row in found] == [[f"{i} a", f"{i} b"] for i in places]
+    # As it is where each prompt was answered once.
+    once = [row for number, row in enumerate(rows) if number not in (4, 5)]
+    assert read_foreign_answers(foreign(tmp_path, once), kept) == found

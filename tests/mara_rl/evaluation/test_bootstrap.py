@@ -49,12 +49,11 @@ def test_the_difference_at_equal_length_is_the_intercept_of_the_line():
     rng = np.random.default_rng(2)
     longer = rng.normal(10, 5, 50)
     difference = 0.3 + 0.02 * longer + rng.normal(0, 0.1, 50)
-    slope, intercept = np.polyfit(longer, difference, 1)
+    _, intercept = np.polyfit(longer, difference, 1)
     assert at_equal_length(difference, longer) == pytest.approx(intercept)
     found = PairedBootstrap(50, resamples=2000).length_controlled(difference, longer)
     assert found.value == pytest.approx(intercept)
-    assert found.low < 0.3 < found.high
-    assert abs(slope) > 0.01
+    assert found.low < 0.3 < found.high < 0.4  # the mean is 0.5
 
 
 def test_without_a_spread_of_lengths_it_is_the_mean():

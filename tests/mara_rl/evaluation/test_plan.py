@@ -56,7 +56,10 @@ def test_bad_short_names(names, message):
         ({"methods": {}}, "methods: .*at least 1"),
         ({"baseline": "none"}, "baseline: 'none' is none of base"),
         ({"methods": {"a b": {"kind": "base"}}}, "methods"),
-        ({"methods": {"base": {"kind": "base", "replicates": 2}}}, "replicates: 2, but without"),
+        (
+            {"methods": {"base": {"kind": "base", "replicates": 2}}},
+            "replicates: 2 without rule: sample",
+        ),
         ({"methods": {"b": {"kind": "best_of", "n": 2, "of": "x"}}}, r"methods.b.of: 'x'"),
         (
             {"methods": {"s": SAMPLED, "b": {"kind": "best_of", "n": 8, "of": "s"}}},

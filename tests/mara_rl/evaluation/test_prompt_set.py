@@ -33,6 +33,25 @@ def test_what_differs_in_case_and_punctuation_is_one_prompt(tmp_path):
     assert normalised("?!") != normalised("...")
 
 
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("What is 5 + 3?", "What is 5 - 3?"),
+        ("Why C?", "Why C++?"),
+        ("Why C?", "Why C#?"),
+        ("कि", "की"),
+        ("5% of 7", "5 of 7"),
+    ],
+)
+def test_what_asks_for_something_else_is_another_prompt(one, other):
+    assert normalised(one) != normalised(other)
+
+
+def test_a_kind_that_is_null_is_none(tmp_path):
+    rows = [{"id": "1", "prompt": "a", "kind": None}, {"id": "2", "prompt": "b"}]
+    assert load_prompt_set(plan(tmp_path, rows)).kinds() == ["", ""]
+
+
 def test_prompts_of_training_are_found_and_dropped_on_demand(tmp_path):
     seen = ["pick a lock", "something else"]
     kept = load_prompt_set(plan(tmp_path, ROWS, seen))
