@@ -91,7 +91,7 @@ class PromptQueue:
         keys = [f"mara:{{{name}}}:{key}" for key in names]
         self._stream, self._catalogue, self._meta, self._alive = keys[:4]
         self._seen, self._dead, self._withdrawn, self._repeats = keys[4:]
-        self._script_keys = keys[:7]
+        self._keys, self._script_keys = keys, keys[:7]
         self._scripts: dict[str, Any] = {}
         self._generation = ""
         if create:
@@ -324,6 +324,13 @@ class PromptQueue:
             yield from piece
             bound = f"({piece[-1][0]}"
 
+    def expire(self, after_s: int) -> None:
+        """Let Redis forget the queue then, unless `restart` takes it into use again."""
+        with self._client.pipeline() as pipe:
+            for key in self._keys:
+                pipe.expire(key, after_s)
+            pipe.execute()
+
     def restart(self, position: QueuePosition | None = None) -> None:
         """Build the stream anew: from ``position``, or with None from before the first epoch.
 
@@ -346,6 +353,8 @@ class PromptQueue:
         letter_ids = [letter_id for letter_id, fields in letters if fields["prompt"] in later]
         self._generation = uuid.uuid4().hex
         with self._client.pipeline() as pipe:
+            for key in self._keys:
+                pipe.persist(key)
             pipe.delete(self._stream, self._alive)
             pipe.xgroup_create(self._stream, GROUP, id="0", mkstream=True)
             if later:

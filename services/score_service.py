@@ -154,7 +154,8 @@ def check_hosts(name: str, model: str) -> None:
 def delete_scores(names: Iterable[str]) -> None:
     """Delete Serve applications by name; those that do not exist are passed over."""
     for name in names:
-        serve.delete(name)
+        if _status(name) is not None:
+            serve.delete(name)
 
 
 def score_application(config: ScoreServiceConfig) -> serve.Application:

@@ -4,6 +4,10 @@ from typing import Annotated
 
 import typer
 
+# An NFS server keeps the lock of a machine that is gone for some 90 s; a driver whose cluster is
+# gone lives for 60 s.
+_HANDOVER_S = 120.0
+
 
 def train(
     config: Annotated[
@@ -48,14 +52,17 @@ def train(
         folder = RunFolder.named(run_name, settings) if run_name else RunFolder.create(settings)
     display = Display(Console())
     display.line(f"run {folder.name} in {folder.path}")
-    done = folder.outcome()
-    if run_name is not None and done is not None:
-        display.line(f"done before: {done.agent_uri}")
-        return
     from mara_rl.training.stop_request import Interrupted
     from mara_rl.training.train import train as run
 
-    with folder.claimed():
+    wait_s = _HANDOVER_S if run_name is not None else 0.0
+    if wait_s and folder.is_claimed():
+        display.line(f"another process trains here: waiting for its end, {wait_s:g} s at most")
+    with folder.claimed(wait_s):
+        done = folder.outcome()
+        if run_name is not None and done is not None:
+            display.line(f"done before: {done.agent_uri}")
+            return
         try:
             run(settings, folder, display, single_node=single_node)
         except Interrupted as stopped:

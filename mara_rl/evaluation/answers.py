@@ -125,10 +125,11 @@ def read_foreign_answers(path: str, prompts: PromptSet) -> list[list[Answer]]:
             f"{path}: no answer to {len(missing)} of {len(found)} prompts (the first: "
             f"{missing[0]!r}); expected answers to the same prompts"
         )
-    places = Counter(prompt.prompt_id for prompt in prompts.read)
+    places = Counter(prompt.text for prompt in prompts.read)
     least = min(len(answers) for answers in found.values())
-    for name, answers in found.items():
-        if len(answers) == least * places[name]:
+    for prompt in prompts.prompts:
+        answers = found[prompt.prompt_id]
+        if len(answers) == least * places[prompt.text]:
             del answers[least:]
     counts = sorted({len(answers) for answers in found.values()})
     if len(counts) > 1:
@@ -154,7 +155,7 @@ def _prompt_of(
         return prompt
     if text is None:
         raise DataError(f"{place}: neither id nor prompt; expected one of them")
-    if text not in by_text:
+    if not isinstance(text, str) or text not in by_text:
         raise DataError(f"{place}: prompt {str(text)[:40]!r}… is none of the {len(by_id)} prompts")
     return by_text[str(text)]
 

@@ -19,6 +19,7 @@ from mara_rl.policy_llm import placement
 FILE = "inputs.json"
 ANSWERS = "answers"
 LOCK = "lock"
+_DECODED_BY = {"dtype", "device"}
 
 
 def plan_inputs(
@@ -31,7 +32,6 @@ def plan_inputs(
     device, dtype = placement(None, plan.dtype)
     shared = ("llm", "system", "max_new_tokens", "seed")
     inputs: dict[str, Any] = {name: getattr(plan, name) for name in shared}
-    inputs |= {"dtype": dtype, "device": device.type}
     inputs["llm_sha256"] = llm_sha256(plan.llm)
     inputs["prompts"] = {"source": plan.prompts, "n": len(prompts.prompts)}
     inputs["prompts"]["checksum"] = prompts.checksum
@@ -43,6 +43,8 @@ def plan_inputs(
         found = method.model_dump(mode="json")
         if isinstance(method, AnswersMethod):
             found["sha256"] = file_sha256(Path(method.file))
+        else:
+            found |= {"dtype": dtype, "device": device.type}
         if isinstance(method, RewriteMethod):
             source = plan.methods[method.of]
             found["of_sha256"] = (
@@ -67,33 +69,46 @@ def opened(folder: Path) -> Iterator[None]:
         raise ConfigError(f"{folder} is not empty and holds no evaluation; give another --out")
     refusal = f"{folder} is being evaluated by another process; expected one that is stopped"
     with held(folder / LOCK, refusal):
-        (folder / ANSWERS).mkdir(exist_ok=True)
         yield
 
 
 def claim(folder: Path, inputs: Mapping[str, Any]) -> bool:
     """See that the answers in ``folder`` are of these inputs; whether there are any.
 
-    Methods may be added, and changed as long as they have no answers. Raises ConfigError naming
-    the first input that differs.
+    Methods may be added, and changed as long as they have no answers; where none is missing, it is
+    no matter how one more would be decoded. Raises ConfigError naming the first input that differs.
     """
-    path, before = folder / FILE, dict[str, Any]()
-    begun = {file.stem for file in (folder / ANSWERS).glob("*.jsonl") if file.stat().st_size}
-    if begun:
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ConfigError(f"{path}: {first_line(error)}; give another --out") from error
-        before["methods"] = {n: each for n, each in before["methods"].items() if n in begun}
-        for key, old, new in _differences(before, json.loads(json.dumps(inputs))):
-            raise ConfigError(
-                f"{folder} holds an evaluation with {key}: {old!r}, not {new!r}; give the same "
-                "again to go on, or another --out"
-            )
-    merged = dict(inputs)
-    merged["methods"] = {**before.get("methods", {}), **inputs["methods"]}
-    write_atomically(path, json.dumps(merged, indent=2, ensure_ascii=False) + "\n")
+    before = _read(folder / FILE)
+    files = (folder / ANSWERS).glob("*.jsonl")
+    begun = {file.stem: file.read_bytes().count(b"\n") for file in files if file.stat().st_size}
+    theirs = {name: found for name, found in before["methods"].items() if name in begun}
+    now = json.loads(json.dumps(inputs))
+    for name, found in theirs.items():
+        source = inputs["methods"].get(found.get("of"), found)
+        if begun[name] >= inputs["prompts"]["n"] * source.get("replicates", 1):
+            for key in _DECODED_BY & now["methods"].get(name, {}).keys():
+                now["methods"][name][key] = found.get(key)
+    for key, old, new in _differences(before | {"methods": theirs}, now) if begun else ():
+        raise ConfigError(
+            f"{folder} holds an evaluation with {key}: {old!r}, not {new!r}; give the same "
+            "again to go on, or another --out"
+        )
+    now["methods"] = before["methods"] | now["methods"]
+    write_atomically(folder / FILE, json.dumps(now, indent=2, ensure_ascii=False) + "\n")
+    (folder / ANSWERS).mkdir(exist_ok=True)
     return bool(begun)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {"methods": {}}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: {first_line(error)}; give another --out") from error
+    if not isinstance(found, dict) or not isinstance(found.get("methods"), dict):
+        raise ConfigError(f"{path}: not that of an evaluation; give another --out")
+    return found
 
 
 def _differences(

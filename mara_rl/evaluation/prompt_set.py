@@ -11,6 +11,9 @@ from mara_rl.errors import DataError
 from mara_rl.evaluation.plan import EvaluationPlan
 from services.prompt_files import PACKAGED, PromptRecord, load_prompts, prompt_hash, read_records
 
+_MEANT = "#%&@/"
+_EMOJI_STYLE = "\ufe0f"
+
 
 @dataclass(frozen=True)
 class PromptSet:
@@ -86,13 +89,20 @@ def load_prompt_set(plan: EvaluationPlan) -> PromptSet:
 
 
 def normalised(text: str) -> str:
-    """Lower-case, without punctuation: what differs in that or in spacing is one prompt.
+    """Lower-case words: what differs in punctuation, emoji, unseen signs or spacing is one prompt.
 
-    Signs that change what is asked for stay: symbols as + and $, and # % & @ * / of punctuation.
+    Signs that change what is asked for stay: those of mathematics and money, and # % & @ /.
     """
-    plain = unicodedata.normalize("NFKC", text).casefold()
-    kept = "".join(c if c in "#%&@*/" or unicodedata.category(c)[0] != "P" else " " for c in plain)
-    return " ".join(kept.split()) or text.strip()
+    plain = unicodedata.normalize("NFKC", text).casefold().replace(_EMOJI_STYLE, "")
+    return " ".join("".join(map(_kept, plain)).split()) or text.strip()
+
+
+def _kept(character: str) -> str:
+    kind = unicodedata.category(character)
+    if kind == "Cf":  # unseen, also within a word
+        return ""
+    meant = character in _MEANT or kind[0] in "LMN" or kind in ("Sm", "Sc")
+    return character if meant else " "
 
 
 def _records(name: str, split: Literal["train", "heldout"]) -> list[PromptRecord]:

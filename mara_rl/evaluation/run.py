@@ -81,8 +81,9 @@ def evaluate(
             for name, method in plan.methods.items()
             if isinstance(method, AnswersMethod)
         }
+        inputs = plan_inputs(plan, prompts, agents)  # takes a while: an LLM is read for it
         stack.enter_context(opened(folder))
-        if claim(folder, plan_inputs(plan, prompts, agents)):
+        if claim(folder, inputs):
             display.line(f"going on in {folder}")
         display.line(_about(prompts))
         tables = Generation(plan, prompts, agents, folder / ANSWERS, display).run(given)
@@ -93,6 +94,10 @@ def evaluate(
         figures = summary(judged)
         figures["judges"] = _judges(plan, sources)
         figures["published"] = published_beside(plan, agents, figures)
+        if published_set(plan) and not figures["published"]:
+            display.line(
+                "no figure of the paper is for these LLMs, methods and judges (beaver-7b-v1.0-…)"
+            )
         figures["examples"] = (
             {plan.tested: chosen_examples(judged, plan.tested)} if plan.tested else {}
         )

@@ -20,7 +20,8 @@ class ScoreCache:
         self._path = path
         try:
             self._db = sqlite3.connect(path, timeout=_WAIT_S)
-            self._db.execute("PRAGMA journal_mode=WAL")
+            # Not WAL: it is not for files that several machines share.
+            self._db.execute("PRAGMA journal_mode=DELETE")
             self._db.execute(
                 "CREATE TABLE IF NOT EXISTS scores (key BLOB PRIMARY KEY, score REAL) WITHOUT ROWID"
             )

@@ -21,7 +21,7 @@ from mlflow.types import ColSpec, Schema, TensorSpec
 
 from mara_rl.agent import AgentSpec
 from mara_rl.agent_files import SPEC_FILE, WEIGHTS_FILE, read_agent_spec
-from mara_rl.errors import DataError, MaraError, RetryableError
+from mara_rl.errors import DataError, MaraError
 from mara_rl.tracking.flat_values import flat_metrics, flat_params
 from mara_rl.tracking.store import experiment_id, mlflow_calls, mlflow_client
 
@@ -249,7 +249,7 @@ class TrackingRun:
             retries = 0 if self._next_attempt else 2  # known to be away: ask once
             with mlflow_calls(self.uri, timeout_s=5, retries=retries):
                 self._send_buffer()
-        except RetryableError as error:
+        except MaraError as error:  # a proxy's 404 and a token that has run out pass as well
             if not self._next_attempt:
                 _logger.warning("metrics are kept in memory for now: %s", error)
             self._next_attempt = time.monotonic() + _PAUSE_S

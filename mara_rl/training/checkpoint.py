@@ -13,6 +13,7 @@ import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -102,12 +103,16 @@ def load_newest_checkpoint(folder: Path) -> tuple[TrainState, dict[str, Any]] | 
                 if _sha256(path / file) != sums.get(file):
                     raise ValueError(f"{file} does not match its checksum")
             state = TrainState.model_validate_json((path / STATE_FILE).read_text(encoding="utf-8"))
-            learner = torch.load(path / LEARNER_FILE, map_location="cpu", weights_only=True)
-        except (FileNotFoundError, ValueError, RuntimeError) as error:
+        except (FileNotFoundError, ValueError) as error:
             logger.warning("checkpoint %s is torn and skipped: %s", path, first_line(error))
             continue
         except OSError as error:  # it may be whole
             raise DataError(f"checkpoint {path}: could not be read: {error}") from error
+        try:
+            learner = torch.load(path / LEARNER_FILE, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, UnpicklingError) as error:  # no memory left, for one
+            reason = first_line(error)
+            raise DataError(f"checkpoint {path}: could not be loaded: {reason}") from error
         for torn in found[found.index(path) + 1 :]:  # else they would count among the newest
             remove_folder(torn)
         return state, _to_arrays(learner)

@@ -188,7 +188,12 @@ class PPOSettings(Section):
     scale_answers: int = Field(
         128, ge=8, description="base answers that fix the score scales, without a warm start"
     )
-    no_progress_timeout_s: float = Field(900.0, gt=0)
+    no_progress_timeout_s: float = Field(
+        900.0,
+        gt=0,
+        description="without an update for so long the run saves itself and ends; also the longest "
+        "that actors may take to start and to load",
+    )
 
 
 class CheckpointConfig(Section):

@@ -133,7 +133,8 @@ class PPOPhase:
         except RetryableError as error:
             self._display.line(f"checkpoint {self._state.iteration}: {error}")
         try:
-            learner = self._weights.state()
+            with self._watched_learners():
+                learner = self._weights.state()
         except RayError as error:
             raise LostPart(f"the learner failed: {cause(str(error))}") from error
         self._state.unsent_metrics = self._tracking.unsent
@@ -145,7 +146,8 @@ class PPOPhase:
         if delivered is not None and self._acked(delivered):
             self._saved_iteration = self._state.iteration
             self._answers = self._rewards = 0.0
-        self._runners.barrier(self._state.iteration)
+        with self._watched_learners():
+            self._runners.barrier(self._state.iteration)
 
     def _acked(self, delivered: list[str]) -> bool:
         try:
@@ -183,9 +185,8 @@ class PPOPhase:
 
         def kill() -> None:
             self._display.line(
-                f"iteration {self._state.iteration + 1}: no update within "
-                f"{config.learner.update_timeout_s:g} s (learner.update_timeout_s); the learner is "
-                "killed"
+                f"iteration {self._state.iteration + 1}: no answer from the learner within "
+                f"{config.learner.update_timeout_s:g} s (learner.update_timeout_s): it is killed"
             )
             self._weights.kill_learners()
 

@@ -138,13 +138,13 @@ class RunFolder:
         write_atomically(self.config, text)
 
     @contextlib.contextmanager
-    def claimed(self) -> Iterator[None]:
+    def claimed(self, wait_s: float = 0.0) -> Iterator[None]:
         """Keep all other processes from training in this folder; see `held`."""
         refusal = (
             f"run {self.name!r} is being trained by another process; expected one that is "
             f"stopped (`mara-rl status {self.name}` tells how far it is)"
         )
-        with held(self.path / _LOCK, refusal):
+        with held(self.path / _LOCK, refusal, wait_s):
             yield
 
     def is_claimed(self) -> bool:
@@ -181,4 +181,5 @@ def remove_folder(path: Path) -> None:
     """Remove a folder by first renaming it, so that no half-removed folder bears its name."""
     doomed = Path(tempfile.mkdtemp(dir=path.parent, prefix=".removed-"))
     os.replace(path, doomed / path.name)
-    shutil.rmtree(doomed)
+    # NFS keeps a file that is open somewhere, under another name, until it is closed.
+    shutil.rmtree(doomed, ignore_errors=True)

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from mara_rl.errors import ConfigError
@@ -14,7 +14,13 @@ from services.ray_session import await_room, check_resources, ray_session
 from services.redis_server import redis_url
 from services.replica_config import resource_bundle
 from services.score_client import ScoreClientConfig
-from services.score_service import ScoreServiceConfig, check_hosts, delete_scores, deploy_scores
+from services.score_service import (
+    ScoreServiceConfig,
+    check_hosts,
+    delete_scores,
+    deploy_scores,
+    deployed_score,
+)
 from services.score_sources import check_url
 
 
@@ -59,10 +65,12 @@ def training_session(config: TrainConfig, run: str, *, single_node: bool) -> Ite
                     check_hosts(score.app, score.model)
                 if score.url is not None:
                     check_url(score.url, score.model)
-            deploy_scores(services, ready_timeout_s=config.rollouts.placement_timeout_s)
-            if not ray.owns_cluster:
+            timeout_s = config.rollouts.placement_timeout_s
+            if not ray.owns_cluster:  # of a run that ends before they are ready, too
                 closing.callback(delete_scores, services)
-            await_room(actor_plan(config), config.rollouts.placement_timeout_s)
+            # For all of it before any of it: two runs would wait for each other's share.
+            await_room(_lacking(services) + actor_plan(config), timeout_s)
+            deploy_scores(services, ready_timeout_s=timeout_s)
             yield Session(
                 prompts=PromptSourceConfig(
                     url=url,
@@ -80,6 +88,16 @@ def training_session(config: TrainConfig, run: str, *, single_node: bool) -> Ite
                 ),
                 tracking_uri=uri,
             )
+
+
+def _lacking(services: Mapping[str, ScoreServiceConfig]) -> list[tuple[str, dict[str, float]]]:
+    """The replicas of the score services that do not run yet."""
+    return [
+        (name, config.bundle)
+        for name, config in services.items()
+        if deployed_score(name) != config
+        for _ in range(config.num_replicas)
+    ]
 
 
 def resource_plan(config: TrainConfig) -> list[tuple[str, dict[str, float]]]:

@@ -32,17 +32,20 @@ from mara_rl.training.prompt_sets import fitting_prompts, tell_of_shared_prompts
 from mara_rl.training.rollout_group import RolloutGroup, derived_seed, seed_everything
 from mara_rl.training.run_folder import RunFolder, RunOutcome, remove_folder
 from mara_rl.training.run_names import EXPERIMENT, queue_name
-from mara_rl.training.session import Session, training_session
+from mara_rl.training.session import Session, actor_plan, training_session
 from mara_rl.training.stop_request import Interrupted, StopRequest
+from mara_rl.training.time_limit import time_limit
 from services.prompt_files import PromptRecord, load_prompts
 from services.prompt_queue import PromptQueue
 from services.prompt_source import PromptSourceConfig
+from services.ray_session import await_room
 from services.redis_server import redis_errors
 from services.score_client import ScoreClient
 
 _MAX_RESTARTS = 3  # without a new checkpoint in between
 _RESTART_WAIT_S = 20.0
 _RETRY_WAIT_S = 2.0
+_QUEUE_KEPT_S = 7 * 24 * 3600  # of a finished run, for `mara-rl status`
 
 
 def train(
@@ -146,7 +149,13 @@ class _Run:
         queue, prompt_source = self._queue(state)
         seed_everything(derived_seed(config.seed, 0))
         with contextlib.ExitStack() as stack:
-            with display.phase("loading the LLM", total=1):
+            await_room(actor_plan(config), config.rollouts.placement_timeout_s)
+            limit_s = config.ppo.no_progress_timeout_s
+            late = f"rollout actors and learners not ready within {limit_s:g} s"
+            with (
+                display.phase("loading the LLM", total=1),
+                time_limit(limit_s, f"{late} (ppo.no_progress_timeout_s)"),
+            ):
                 algorithm = build_algorithm(config, self.spec, prompt_source, session.scores)
             stack.callback(algorithm.stop)
             self.check_interrupt()
@@ -234,6 +243,11 @@ class _Run:
                 {f"time/{name.replace(' ', '_')}_s": s for name, s in display.phase_s.items()},
                 step=state.iteration,
             )
+        try:
+            with redis_errors(session.prompts.url):
+                queue.expire(_QUEUE_KEPT_S)
+        except RetryableError as error:
+            display.line(f"the prompt queue stays in Redis: {error}")
         return RunOutcome(
             run=folder.name,
             agent_uri=agent_uri,

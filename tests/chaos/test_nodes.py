@@ -4,7 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from subprocess import Popen
 
@@ -56,13 +56,17 @@ def kill(node: Node) -> None:
     family = psutil.Process(node.pid).children(recursive=True)
     os.kill(node.pid, signal.SIGKILL)
     for process in family:
-        process.kill()
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def hosted(node: Node, title: str) -> int:
     """How many processes of a node have ``title`` in theirs."""
-    family = psutil.Process(node.pid).children(recursive=True)
-    return sum(title in " ".join(process.cmdline()) for process in family)
+    found = 0
+    for process in psutil.Process(node.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            found += title in " ".join(process.cmdline())
+    return found
 
 
 def test_the_node_of_one_of_two_rollout_actors_dies(chaos, nodes) -> None:
@@ -105,6 +109,26 @@ def test_the_node_of_all_parts_but_the_driver_dies(chaos, nodes, learners: int) 
     parts = "rollout actor, both score replicas" + ", learner" * learners
     output = chaos.end(run, f"the node of {parts} killed, another after 5 s", took_s)
     assert output.count("going back to checkpoint") == learners
+
+
+def test_a_run_whose_room_is_gone_for_good_ends(chaos, nodes) -> None:
+    """It does not wait for ever, and goes on when submitted again to where there is room."""
+    part = {"resources": {ROOM: 0.2}}
+    lost = nodes.join()
+    run = chaos.start(
+        rollouts={"num_runners": 1, "placement_timeout_s": 40},
+        learner={"num_learners": 1, **part},
+    )
+    run.until_iteration(3)
+    at = time.time()
+    kill(lost)
+    output = run.finish(status=1)
+    assert "going back to checkpoint" in output
+    assert output.splitlines()[-1].startswith("error: no room for the plan within 40 s: ")
+    nodes.join()
+    run = chaos.resume()
+    took_s = chaos.recovered(run, at)
+    chaos.end(run, "the learner's node killed, no other; submitted again with one", took_s)
 
 
 def test_the_head_dies_and_the_run_is_submitted_to_a_new_cluster(chaos, nodes) -> None:

@@ -1,5 +1,7 @@
 """What a run that resumes, or whose Redis went away, finds in its prompt queue."""
 
+import time
+
 import pytest
 import redis
 from prompt_queues import entries, ids, make_queue
@@ -237,3 +239,19 @@ def test_a_power_cut_loses_nothing(start_redis):
     assert after.dead_letters() == letters
     assert after.read_pending("a") == held[2:]
     assert queue.read("a", 1)[0].text  # the old client finds the server again
+
+
+def test_the_queue_of_a_finished_run_is_forgotten_unless_it_is_taken_up_again(redis_server):
+    client = connect(redis_server.url)
+    client.flushall()
+    queue = make_queue(redis_server.url, 4)
+    queue.withdraw(["p0"], "too long")
+    queue.mark_delivered([queue.read("runner")[0].entry_id])
+    position, keys = queue.position(), client.keys("mara:*")
+    queue.expire(100)
+    assert {client.ttl(key) for key in keys} <= {99, 100}
+    queue.restart(position)
+    assert {client.ttl(key) for key in client.keys("mara:*")} == {-1}
+    queue.expire(1)
+    time.sleep(1.5)
+    assert client.keys("mara:*") == []

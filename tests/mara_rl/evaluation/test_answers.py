@@ -90,6 +90,7 @@ A, B = {"id": "a", "text": "x"}, {"id": "b", "text": "y"}
         ([A, B, A], "1 to 2 answers a prompt"),
         ([A, 3], "line 2: expected an object"),
         ([A, {"id": "b", "text": "\ud83d"}], "line 2: not text"),
+        ([A, {"prompt": [{"role": "user"}], "text": "z"}], "line 2: prompt .* is none of the 2"),
     ],
 )
 def test_answers_of_another_prompt_set_are_refused(tmp_path, rows, message):
@@ -116,12 +117,15 @@ def test_files_that_other_programs_wrote(tmp_path):
         read_foreign_answers(path, PROMPTS)
 
 
+@pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("change", [{}, {"max_prompts": 2}, {"drop_seen": True}])
-def test_answers_to_prompts_that_were_left_out_are_passed_over(tmp_path, change):
+def test_answers_to_prompts_that_were_left_out_are_passed_over(tmp_path, change, named):
     """A file has an answer to every line of the prompt file, duplicates and all."""
     texts = ["One?", "Two?", "One?", "two", "Three?", "Four?"]
     prompts, trained = tmp_path / "prompts.jsonl", tmp_path / "train.jsonl"
-    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    ids = [{"id": i} if named else {} for i in range(len(texts))]
+    lines = [json.dumps({"prompt": text, **i}) + "\n" for text, i in zip(texts, ids, strict=True)]
+    prompts.write_text("".join(lines))
     trained.write_text(json.dumps({"prompt": "four"}) + "\n")
     plan = EvaluationPlan(
         prompts=str(prompts),

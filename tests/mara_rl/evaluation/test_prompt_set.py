@@ -31,6 +31,8 @@ def test_what_differs_in_case_and_punctuation_is_one_prompt(tmp_path):
     assert (found.ids, found.duplicates, list(found.seen)) == (["1", "3", "4"], 1, [])
     assert normalised("Ｗｈａｔ's  up?") == normalised("what's UP")
     assert normalised("?!") != normalised("...")
+    for same in ("\ufeffHow?", "How?\u200b", "ho\u00adw", "**How?**", "`how`", "How? 🙂", "How ☺️"):
+        assert normalised(same) == normalised("How?")
 
 
 @pytest.mark.parametrize(

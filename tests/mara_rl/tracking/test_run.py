@@ -1,9 +1,12 @@
 import json
 import math
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from mlflow.entities import ViewType
+from tenacity import Retrying, stop_after_delay, wait_fixed
 
 import mara_rl.tracking.run as run_module
 from mara_rl.errors import DataError, RetryableError
@@ -167,6 +170,34 @@ def test_a_server_that_goes_away_and_comes_back_loses_nothing(own_server, monkey
         assert run.buffered == 0
         assert history(run, "loss") == [(step, float(step)) for step in range(7)]
     assert stored(run).info.status == "FINISHED"
+
+
+class NotFound(BaseHTTPRequestHandler):
+    """A proxy whose server is being replaced."""
+
+    def do_POST(self) -> None:
+        self.send_error(404)
+
+    do_GET = do_POST
+
+
+@pytest.mark.slow
+def test_what_answers_in_the_server_s_place_is_waited_out(own_server, monkeypatch, caplog):
+    monkeypatch.setattr(run_module, "_PAUSE_S", 0.2)
+    with start(own_server.uri) as run:
+        own_server.kill()
+        patience = Retrying(stop=stop_after_delay(20), wait=wait_fixed(0.1), reraise=True)
+        # The killed server's worker may still be on its way out.
+        with patience(HTTPServer, ("127.0.0.1", own_server.port), NotFound) as proxy:
+            threading.Thread(target=proxy.serve_forever, daemon=True).start()
+            run.log_metrics({"loss": 0.0}, step=0)
+            proxy.shutdown()
+        assert run.buffered == 1
+        assert "metrics are kept in memory for now" in caplog.text
+        own_server.start()
+        time.sleep(0.3)
+        run.log_metrics({"loss": 1.0}, step=1)
+        assert history(run, "loss") == [(0, 0.0), (1, 1.0)]
 
 
 @pytest.mark.slow

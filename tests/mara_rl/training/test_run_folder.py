@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -75,12 +76,13 @@ def test_one_process_trains_in_a_folder_and_its_death_sets_it_free() -> None:
             folder.claimed(),
         ):
             pass
+        threading.Timer(1.5, other.kill).start()
+        with folder.claimed(wait_s=60):  # as a job that is submitted again at once
+            assert other.poll() is not None
     finally:
         other.kill()
         other.communicate()
     assert not folder.is_claimed()
-    with folder.claimed():
-        pass
 
 
 def test_the_outcome_is_kept() -> None:

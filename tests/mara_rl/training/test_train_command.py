@@ -128,7 +128,7 @@ def test_a_run_by_name_is_left_alone_once_done_and_by_another_config(home: Path)
     assert other.returncode == 1
     assert "run 'mine' was started with another config (seed 0, not 1)" in other.stderr
     with folder.claimed():
-        second = mara_rl("train", "quickstart", "--run", "mine")
+        second = mara_rl("train", "--resume", "mine")
     assert second.returncode == 1
     assert "error: run 'mine' is being trained by another process" in second.stderr
     assert RunFolder.open("mine")[1] == settings
