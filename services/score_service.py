@@ -215,7 +215,7 @@ def _wait_until_running(services: Mapping[str, ScoreServiceConfig], timeout_s: f
             raise ConfigError(
                 f"scores not ready within {timeout_s:g} s: waiting for {needs}; free in the "
                 f"cluster: {free['CPU']:g} CPU + {free['GPU']:g} GPU "
-                "(where that is enough, a model is still loading: raise ready_timeout_s)"
+                "(where that is enough, a model is still loading)"
             )
         time.sleep(_POLL_S)
 

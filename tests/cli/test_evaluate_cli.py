@@ -268,6 +268,7 @@ def check_report(html: str) -> None:
     assert "currentColor" in html
     assert html.count("was a training reward") >= 1
     assert "duplicates left out" in html
+    assert re.search("a seed of its own; in (float32 on cpu|bfloat16 on cuda); LLM", html)
 
 
 def comparable(summary: dict) -> dict:
