@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -52,6 +53,7 @@ RUNS = {
     "ppo-paper-half-0": [*VARIANTS["ppo"], "ppo.iterations=18", "agent.head=paper"],
 }
 STRENGTHS = (0.5, 1.5, 2.0)
+EXACT = ("cheap-0", "cheap-half-0", "ppo-0", "ppo-half-0", "both-0")
 SCRATCH = ("ppo-0", "ppo-half-0", "ppo-0-exact", "ppo-half-0-exact")
 BASELINES = ("base", "best-of-4", "best-of-16", *SCRATCH)
 
@@ -98,7 +100,7 @@ def plan(agents: dict[str, Path], dev: Path, train: Path, replicates: int) -> di
             **{
                 f"{name}-exact": {"kind": "agent", "agent": str(agent), "exact": True}
                 for name, agent in agents.items()
-                if not name.startswith("ppo-paper")
+                if name in EXACT
             },
             "sampled-strength-1": sampled,
             "sampled-strength-2": {**sampled, "strength": 2.0},
@@ -172,9 +174,14 @@ def table(summary: dict[str, Any], baseline: str, forwards: dict[str, int]) -> s
 
 
 def draw(summary: dict[str, Any], out: Path) -> None:
-    """``frontier-JUDGE.svg``: weighted reward against KL, under each judge."""
+    """``frontier-JUDGE.svg``: weighted reward against KL under each judge, without further seeds
+    and heads.
+    """
+    methods = summary["methods"].items()
+    left_out = re.compile(r"(cheap|both)-[12]|(relative|anchored|ppo-paper|warm)-.*")
+    shown = {name: method for name, method in methods if not left_out.fullmatch(name)}
     for judge in summary["judges"]:
-        if drawing := frontier(summary, judge):
+        if drawing := frontier({**summary, "methods": shown}, judge):
             grey = drawing.replace("currentColor", "#777777")  # on pages dark and light
             write_atomically(out / f"frontier-{judge}.svg", grey)
 
