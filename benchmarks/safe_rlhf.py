@@ -174,11 +174,14 @@ def table(summary: dict[str, Any], baseline: str, forwards: dict[str, int]) -> s
 
 
 def draw(summary: dict[str, Any], out: Path) -> None:
-    """``frontier-JUDGE.svg``: weighted reward against KL under each judge, without further seeds
-    and heads.
+    """``frontier-JUDGE.svg``: weighted reward against KL under each judge, of methods enough to read.
+
+    Left out are further seeds and heads.
     """
     methods = summary["methods"].items()
-    left_out = re.compile(r"(cheap|both)-[12]|(relative|anchored|ppo-paper|warm)-.*")
+    left_out = re.compile(
+        r"(cheap|both)-[12]|(relative|anchored|ppo-paper|warm)-.*|.*-half-0-exact"
+    )
     shown = {name: method for name, method in methods if not left_out.fullmatch(name)}
     for judge in summary["judges"]:
         if drawing := frontier({**summary, "methods": shown}, judge):
