@@ -174,14 +174,13 @@ def table(summary: dict[str, Any], baseline: str, forwards: dict[str, int]) -> s
 
 
 def draw(summary: dict[str, Any], out: Path) -> None:
-    """``frontier-JUDGE.svg``: weighted reward against KL under each judge, of methods enough to read.
+    """``frontier-JUDGE.svg``: weighted reward against KL under each judge.
 
-    Left out are further seeds and heads.
+    Further seeds and heads are left out, so that it can be read.
     """
     methods = summary["methods"].items()
-    left_out = re.compile(
-        r"(cheap|both)-[12]|(relative|anchored|ppo-paper|warm)-.*|.*-half-0-exact"
-    )
+    further = r"(cheap|both)-[12]|(relative|anchored|ppo-paper|warm)-.*|.*-half-0-exact"
+    left_out = re.compile(further)
     shown = {name: method for name, method in methods if not left_out.fullmatch(name)}
     for judge in summary["judges"]:
         if drawing := frontier({**summary, "methods": shown}, judge):
