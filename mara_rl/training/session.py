@@ -68,8 +68,14 @@ def training_session(config: TrainConfig, run: str, *, single_node: bool) -> Ite
             timeout_s = config.rollouts.placement_timeout_s
             if not ray.owns_cluster:  # of a run that ends before they are ready, too
                 closing.callback(delete_scores, services)
+            lacking = {
+                name: service
+                for name, service in services.items()
+                if deployed_score(name) != service
+            }
+            delete_scores(lacking)  # of an earlier process, with another config
             # For all of it before any of it: two runs would wait for each other's share.
-            await_room(_lacking(services) + actor_plan(config), timeout_s)
+            await_room(_replicas(lacking) + actor_plan(config), timeout_s)
             deploy_scores(services, ready_timeout_s=timeout_s)
             yield Session(
                 prompts=PromptSourceConfig(
@@ -90,25 +96,18 @@ def training_session(config: TrainConfig, run: str, *, single_node: bool) -> Ite
             )
 
 
-def _lacking(services: Mapping[str, ScoreServiceConfig]) -> list[tuple[str, dict[str, float]]]:
-    """The replicas of the score services that do not run yet."""
+def _replicas(services: Mapping[str, ScoreServiceConfig]) -> list[tuple[str, dict[str, float]]]:
     return [
-        (name, config.bundle)
-        for name, config in services.items()
-        if deployed_score(name) != config
-        for _ in range(config.num_replicas)
+        (name, service.bundle)
+        for name, service in services.items()
+        for _ in range(service.num_replicas)
     ]
 
 
 def resource_plan(config: TrainConfig) -> list[tuple[str, dict[str, float]]]:
     """Every actor that a run starts, with the resources it asks for."""
-    plan = [
-        (name, score.bundle)
-        for name, score in config.scores.items()
-        if score.shared is None
-        for _ in range(score.num_replicas)
-    ]
-    return plan + actor_plan(config)
+    own = {name: score for name, score in config.scores.items() if score.shared is None}
+    return _replicas(own) + actor_plan(config)
 
 
 def actor_plan(config: TrainConfig) -> list[tuple[str, dict[str, float]]]:
