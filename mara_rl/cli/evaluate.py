@@ -244,11 +244,11 @@ def _pinned(plan: "EvaluationPlan", single_node: bool) -> "EvaluationPlan":
     """The plan with the versions that aliases of the registry name now: they may move meanwhile."""
     from mara_rl.cli.agents import registry_uri
     from mara_rl.evaluation.plan import AgentMethod
-    from mara_rl.tracking.registry import AgentRegistry
+    from mara_rl.tracking.registry import AgentRegistry, is_version_ref
 
     methods = dict(plan.methods)
     for name, method in plan.methods.items():
-        if isinstance(method, AgentMethod) and method.agent.startswith("models:/"):
+        if isinstance(method, AgentMethod) and is_version_ref(method.agent):
             try:
                 version = AgentRegistry(registry_uri(single_node)).find(method.agent)
             except DataError as error:

@@ -8,7 +8,7 @@ from mara_rl.evaluation.console import points, rate_of
 from mara_rl.evaluation.plan import AXES, AgentMethod, BaseMethod, EvaluationPlan
 from mara_rl.evaluation.run import Evaluation
 from mara_rl.tracking.promotion import PromotionEvidence
-from mara_rl.tracking.registry import AgentRegistry, AgentVersion
+from mara_rl.tracking.registry import AgentRegistry, AgentVersion, is_version_ref
 from mara_rl.tracking.run import TrackingRun
 
 EXPERIMENT = "evaluations"
@@ -48,7 +48,7 @@ def _versions(
         name: registry.find(method.agent)
         for name, method in plan.methods.items()
         if isinstance(method, AgentMethod)
-        and method.agent.startswith("models:/")
+        and is_version_ref(method.agent)
         and method.as_trained
         and method.llm is None
         and same_llm(figures["provenance"]["agents"][name]["llm"], plan.llm)

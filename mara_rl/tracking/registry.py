@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 CANDIDATE = "candidate"
 CHAMPION = "champion"
+_VERSION_REF = r"models:/([^/@]+)(?:@([\w-]+)|/(\d+))"
 _KIND = ("kind", "mara-agent")  # tells agents from other models of a shared registry
 
 
@@ -225,7 +226,7 @@ class AgentRegistry:
         return {alias: int(version) for alias, version in model.aliases.items()}
 
     def _find(self, ref: str) -> "ModelVersion":
-        found = re.fullmatch(r"models:/([^/@]+)(?:@([\w-]+)|/(\d+))", ref)
+        found = re.fullmatch(_VERSION_REF, ref)
         if not found:
             raise DataError(f"agent {ref!r}: expected models:/name@alias or models:/name/version")
         name, alias, version = found.groups()
@@ -269,6 +270,11 @@ class AgentRegistry:
 def is_registry_ref(ref: str) -> bool:
     """Whether ``ref`` is one for MLflow to resolve, and not a local path."""
     return ref.startswith(("models:/", "runs:/"))
+
+
+def is_version_ref(ref: str) -> bool:
+    """Whether ``ref`` names a registered version: by number or by alias, not a logged model."""
+    return re.fullmatch(_VERSION_REF, ref) is not None
 
 
 def model_name_for(llm_name: str) -> str:

@@ -139,12 +139,21 @@ class RunFolder:
 
     @contextlib.contextmanager
     def claimed(self, wait_s: float = 0.0) -> Iterator[None]:
-        """Keep all other processes from training in this folder; see `held`."""
+        """Keep all other processes from training in this folder; see `held`.
+
+        Raises ConfigError when that does not succeed within ``wait_s``, and where the process that
+        was waited for had begun nothing and removed the folder.
+        """
         refusal = (
             f"run {self.name!r} is being trained by another process; expected one that is "
             f"stopped (`mara-rl status {self.name}` tells how far it is)"
         )
         with held(self.path / _LOCK, refusal, wait_s):
+            if not self.config.is_file():
+                raise ConfigError(
+                    f"run {self.name!r}: the process before ended without having begun, and took "
+                    "the folder with it; start it again"
+                )
             yield
 
     def is_claimed(self) -> bool:

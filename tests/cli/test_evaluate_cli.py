@@ -758,6 +758,24 @@ def test_the_version_that_was_evaluated_gets_the_figures(evaluate, made, tmp_pat
     assert registry.find("models:/mara-tiny@candidate").version == 2
 
 
+def test_a_logged_model_that_is_no_version_is_evaluated_and_not_tagged(
+    evaluate, made, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MARA_HOME", str(tmp_path / "home"))
+    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    with TrackingRun.start(tracking_uri(allow_local=True), "tests", "run", {}) as run:
+        ref = run.log_agent(Path(made["agent"]))
+    assert ref.startswith("models:/m-")
+    status, text, err = evaluate(
+        *[part for part in common(made) if part not in ("--agent", made["agent"])],
+        "--agent", ref, "--methods", "base,agent", "--track", "--out", tmp_path / "out",
+    )  # fmt: skip
+    assert status == 0, err
+    assert "tracked as MLflow run" in text
+    assert "tagged" not in text
+
+
 def test_the_result_is_shown_though_mlflow_goes_away(evaluate, made, tmp_path, monkeypatch):
     monkeypatch.setenv("MARA_HOME", str(tmp_path / "home"))
     for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):

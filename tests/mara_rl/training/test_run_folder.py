@@ -3,13 +3,14 @@
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from mara_rl.errors import ConfigError
 from mara_rl.training.config import load_config
-from mara_rl.training.run_folder import RunFolder, RunOutcome
+from mara_rl.training.run_folder import RunFolder, RunOutcome, remove_folder
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +84,28 @@ def test_one_process_trains_in_a_folder_and_its_death_sets_it_free() -> None:
         other.kill()
         other.communicate()
     assert not folder.is_claimed()
+
+
+def test_a_folder_that_goes_while_it_is_waited_for_is_not_trained_in() -> None:
+    folder = RunFolder.named("mine", load_config("quickstart"))
+    entered = threading.Event()
+    failures: list[ConfigError] = []
+
+    def wait() -> None:
+        try:
+            with folder.claimed(wait_s=60):
+                entered.set()
+        except ConfigError as error:
+            failures.append(error)
+
+    with folder.claimed():  # flock is of the open file: the thread waits as a process would
+        other = threading.Thread(target=wait)
+        other.start()
+        time.sleep(1.5)
+        remove_folder(folder.path)
+    other.join()
+    assert not entered.is_set()
+    assert "ended without having begun" in str(failures[0])
 
 
 def test_the_outcome_is_kept() -> None:
