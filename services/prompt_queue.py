@@ -87,10 +87,10 @@ class PromptQueue:
         self._max_failures = max_failures
         self._max_deliveries = max_deliveries
         # The braces put all keys of a queue in one slot of a Redis cluster.
-        names = ("stream", "catalogue", "meta", "alive", "seen", "dead", "withdrawn", "repeats")
+        names = ("stream", "catalogue", "meta", "alive", "arrived", "dead", "withdrawn", "repeats")
         keys = [f"mara:{{{name}}}:{key}" for key in names]
         self._stream, self._catalogue, self._meta, self._alive = keys[:4]
-        self._seen, self._dead, self._withdrawn, self._repeats = keys[4:]
+        self._arrived, self._dead, self._withdrawn, self._repeats = keys[4:]
         self._keys, self._script_keys = keys, keys[:7]
         self._scripts: dict[str, Any] = {}
         self._generation = ""
@@ -129,6 +129,7 @@ class PromptQueue:
         with self._client.pipeline() as pipe:
             pipe.hset(self._catalogue, mapping=texts)
             pipe.hset(self._repeats, mapping=dict.fromkeys(texts, repeats))
+            self._persist(pipe)
             pipe.execute()
         return known.count(None)
 
@@ -226,9 +227,10 @@ class PromptQueue:
     def mark_delivered(self, entry_ids: Sequence[str]) -> int:
         """The episodes of these entries reached the learner. Returns the number newly delivered.
 
-        The others, and those delivered before a restart, are counted as duplicates.
+        The others, and those delivered before a restart, are counted as duplicates; not so when
+        the client sends the command again because the reply to it was lost.
         """
-        return self._run("DELIVER", *entry_ids) if entry_ids else 0
+        return self._run("DELIVER", uuid.uuid4().hex, *entry_ids) if entry_ids else 0
 
     def delivered(self) -> list[str]:
         """Ids of the entries that reached the learner and are not acked yet, oldest first."""
@@ -325,11 +327,15 @@ class PromptQueue:
             bound = f"({piece[-1][0]}"
 
     def expire(self, after_s: int) -> None:
-        """Let Redis forget the queue then, unless `restart` takes it into use again."""
+        """Let Redis forget the queue then, unless `push` or `restart` take it into use again."""
         with self._client.pipeline() as pipe:
             for key in self._keys:
                 pipe.expire(key, after_s)
             pipe.execute()
+
+    def _persist(self, pipe: Any) -> None:
+        for key in self._keys:
+            pipe.persist(key)
 
     def restart(self, position: QueuePosition | None = None) -> None:
         """Build the stream anew: from ``position``, or with None from before the first epoch.
@@ -353,8 +359,7 @@ class PromptQueue:
         letter_ids = [letter_id for letter_id, fields in letters if fields["prompt"] in later]
         self._generation = uuid.uuid4().hex
         with self._client.pipeline() as pipe:
-            for key in self._keys:
-                pipe.persist(key)
+            self._persist(pipe)
             pipe.delete(self._stream, self._alive)
             pipe.xgroup_create(self._stream, GROUP, id="0", mkstream=True)
             if later:
@@ -364,7 +369,7 @@ class PromptQueue:
             if letter_ids:
                 pipe.xdel(self._dead, *letter_ids)
             if position is None:
-                pipe.delete(self._meta, self._seen)
+                pipe.delete(self._meta, self._arrived)
             else:
                 pipe.hset(self._meta, "epoch", position.epoch)
                 pipe.hsetnx(self._meta, "duplicates", position.duplicates)
@@ -387,13 +392,13 @@ class PromptQueue:
 
     def seen(self) -> list[str]:
         """What reached the learner and is in no checkpoint yet, for `remember`."""
-        return list(self._client.smembers(self._seen))
+        return list(self._client.hkeys(self._arrived))
 
     def remember(self, seen: Sequence[str], duplicates: int) -> None:
         """Put back what tells duplicates, `seen` and their count, after Redis lost its data."""
         with self._client.pipeline() as pipe:
             if seen:
-                pipe.sadd(self._seen, *seen)
+                pipe.hset(self._arrived, mapping=dict.fromkeys(seen, "before"))
             pipe.hset(self._meta, "duplicates", duplicates)
             pipe.execute()
 

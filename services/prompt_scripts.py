@@ -6,7 +6,7 @@ reached the learner. So every unfinished entry has exactly one holder or is unre
 """
 
 _PRELUDE = """
-local stream, catalogue, meta, alive, seen, dead, withdrawn = unpack(KEYS)
+local stream, catalogue, meta, alive, arrived, dead, withdrawn = unpack(KEYS)
 local GROUP = 'train'
 
 local function now_ms()
@@ -134,20 +134,24 @@ return taken
 """
 )
 
-# ids... -> number newly delivered; those that reached the learner before are counted as duplicates
+# batch, ids... -> number newly delivered; those that reached the learner before, in another batch,
+# are counted as duplicates
 DELIVER = (
     _PRELUDE
     + """
 local new, duplicates = 0, 0
-for _, id in ipairs(ARGV) do
+local batch = ARGV[1]
+for i = 2, #ARGV do
+  local id = ARGV[i]
   local holder = redis.call('XPENDING', stream, GROUP, id, id, 1)[1]
   if not holder then
     duplicates = duplicates + 1
   else
     local f = entry(id)
-    if redis.call('SADD', seen, f.epoch .. ' ' .. f.sample .. ' ' .. f.prompt) == 0 then
-      duplicates = duplicates + 1
-    end
+    local episode = f.epoch .. ' ' .. f.sample .. ' ' .. f.prompt
+    local before = redis.call('HGET', arrived, episode)
+    if before and before ~= batch then duplicates = duplicates + 1 end
+    redis.call('HSET', arrived, episode, batch)
     if holder[2] ~= '@delivered' then
       move(id, '@delivered')
       new = new + 1
@@ -166,7 +170,7 @@ ACK = (
 local acked = 0
 for _, id in ipairs(ARGV) do
   local f = entry(id)
-  if f then redis.call('SREM', seen, f.epoch .. ' ' .. f.sample .. ' ' .. f.prompt) end
+  if f then redis.call('HDEL', arrived, f.epoch .. ' ' .. f.sample .. ' ' .. f.prompt) end
   acked = acked + drop(id)
 end
 return acked

@@ -14,7 +14,13 @@ from typing import IO
 
 import redis
 from redis.backoff import ExponentialWithJitterBackoff
-from redis.exceptions import NoPermissionError, OutOfMemoryError, ReadOnlyError
+from redis.exceptions import (
+    ClusterDownError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    TryAgainError,
+)
 from redis.retry import Retry
 
 from mara_rl.errors import ConfigError, RetryableError
@@ -24,6 +30,14 @@ _OLDEST = (6, 2)
 _SOCKET_TIMEOUT_S = 30.0  # longer than any command here takes; nothing blocks on the server
 _START_TIMEOUT_S = 10.0  # until it answers at all; reading a large append-only file comes on top
 _STOP_TIMEOUT_S = 10.0
+_PASSING = (  # ClusterDownError: also replicas whose master is away
+    redis.ConnectionError,
+    redis.TimeoutError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    ClusterDownError,
+    TryAgainError,
+)
 # A full disk, a script that runs, replicas that are away: the client has no classes for these.
 _MAY_PASS = ("MISCONF ", "BUSY ", "NOREPLICAS ")
 
@@ -41,7 +55,7 @@ def redis_errors(url: str) -> Iterator[None]:
         yield
     except (redis.AuthenticationError, NoPermissionError) as error:
         raise ConfigError(f"Redis at {hide_password(url)} refused access: {error}") from error
-    except (redis.ConnectionError, redis.TimeoutError, OutOfMemoryError, ReadOnlyError) as error:
+    except _PASSING as error:
         raise RetryableError(f"Redis at {hide_password(url)} cannot serve: {error}") from error
     except redis.ResponseError as error:
         if str(error).startswith(_MAY_PASS):

@@ -14,7 +14,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatusOverview
 
-from mara_rl.errors import ConfigError, RetryableError
+from mara_rl.errors import ConfigError, RetryableError, first_line
 from mara_rl.policy_llm import DType
 from services.ray_session import amounts, check_resources
 from services.replica_config import ReplicaConfig
@@ -152,10 +152,20 @@ def check_hosts(name: str, model: str) -> None:
 
 
 def delete_scores(names: Iterable[str]) -> None:
-    """Delete Serve applications by name; those that do not exist are passed over."""
+    """Delete Serve applications by name; those that do not exist are passed over.
+
+    Raises RetryableError, after all were tried, where Serve did not do so.
+    """
+    kept = {}
     for name in names:
-        if _status(name) is not None:
-            serve.delete(name)
+        try:
+            if _status(name) is not None:
+                serve.delete(name)
+        except (RayError, RayServeException, TimeoutError) as error:
+            kept[name] = first_line(error)
+    if kept:
+        reasons = "; ".join(f"{name!r}: {reason}" for name, reason in kept.items())
+        raise RetryableError(f"score applications could not be deleted: {reasons}")
 
 
 def score_application(config: ScoreServiceConfig) -> serve.Application:

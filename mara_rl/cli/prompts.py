@@ -34,7 +34,7 @@ def push(
     from services.prompt_files import read_prompts
 
     prompts = read_prompts(file)
-    with _open_queue(queue, single_node) as target:
+    with _open_queue(queue, single_node, create=True) as target:
         new = target.push(prompts, repeats=repeats)
         status = target.status()
     print(
@@ -71,9 +71,9 @@ def requeue(queue: _Queue = "default", single_node: _SingleNode = False) -> None
 
 
 @contextlib.contextmanager
-def _open_queue(name: str, single_node: bool) -> Iterator["PromptQueue"]:
+def _open_queue(name: str, single_node: bool, *, create: bool = False) -> Iterator["PromptQueue"]:
     from services.prompt_queue import PromptQueue
-    from services.redis_server import connect, redis_errors, redis_url
+    from services.redis_server import connect, hide_password, redis_errors, redis_url
 
     # Ray sets RAY_ADDRESS inside jobs: a Redis of one node would be lost on the cluster.
     in_cluster = "RAY_ADDRESS" in os.environ
@@ -83,7 +83,14 @@ def _open_queue(name: str, single_node: bool) -> Iterator["PromptQueue"]:
             "cluster reaches (--single-node: use one of this machine alone)"
         )
     with redis_url(allow_embedded=True) as url, redis_errors(url), connect(url) as client:
-        yield PromptQueue(client, name)
+        queue = PromptQueue(client, name, create=create)
+        if not create and not PromptQueue.exists(client, name):
+            raise ConfigError(
+                f"queue {name!r}: no such queue in {hide_password(url)}; expected one that "
+                "`mara-rl prompts push` or a run has made, not more than a week ago in the case of "
+                "a finished run"
+            )
+        yield queue
 
 
 def queue_rows(figures: "QueueStatus") -> list[tuple[str, str]]:

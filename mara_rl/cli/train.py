@@ -59,6 +59,8 @@ def train(
     if wait_s and folder.is_claimed():
         display.line(f"another process trains here: waiting for its end, {wait_s:g} s at most")
     with folder.claimed(wait_s):
+        if run_name is not None:  # what was waited for may have made room for another run
+            RunFolder.named(run_name, settings)
         done = folder.outcome()
         if run_name is not None and done is not None:
             display.line(f"done before: {done.agent_uri}")

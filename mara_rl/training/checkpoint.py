@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
+from mara_rl.atomic_write import to_disk
 from mara_rl.errors import DataError, first_line
 from mara_rl.tracking.run import MetricBatch
 from mara_rl.training.run_folder import remove_folder
@@ -75,9 +76,9 @@ def save_checkpoint(folder: Path, state: TrainState, learner: dict[str, Any], ke
             sums = {file: _sha256(new / file) for file in (LEARNER_FILE, STATE_FILE)}
             (new / SUMS_FILE).write_text(json.dumps(sums), encoding="utf-8")
             for file in new.iterdir():
-                _to_disk(file)
+                to_disk(file)
             os.replace(new, target)
-            _to_disk(folder)
+            to_disk(folder)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
         raise DataError(f"checkpoint {target}: could not be written: {error}") from error
     kept = [path for path in before if path not in older] + [target]
@@ -93,8 +94,9 @@ def load_newest_checkpoint(folder: Path) -> tuple[TrainState, dict[str, Any]] | 
 
     Raises DataError when there are checkpoints and all of them are torn, or one cannot be read.
     """
-    for unfinished in folder.glob(".writing-*"):  # by a process that was killed
-        remove_folder(unfinished)
+    for pattern in (".writing-*", ".removed-*"):  # by a process that was killed
+        for unfinished in folder.glob(pattern):
+            remove_folder(unfinished)
     found = checkpoints_in(folder)
     for path in reversed(found):
         try:
@@ -148,15 +150,6 @@ def _best(paths: Sequence[Path]) -> Path | None:
         if reward is not None and math.isfinite(reward):
             rewards[path] = reward
     return max(reversed(rewards), key=lambda path: rewards[path], default=None)
-
-
-def _to_disk(path: Path) -> None:
-    """Make what was written, or the names in a folder, outlive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

@@ -1,23 +1,19 @@
 """The PPO phase: iterations, metrics, checkpoints that are barriers."""
 
-import contextlib
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
-
-from ray.exceptions import RayError
 
 from mara_rl.display import Display
 from mara_rl.errors import RetryableError
 from mara_rl.tracking.run import TrackingRun
 from mara_rl.training.checkpoint import TrainState, save_checkpoint
 from mara_rl.training.config import TrainConfig
-from mara_rl.training.learner_weights import LearnerWeights
+from mara_rl.training.learners import Learners
 from mara_rl.training.lost_part import LostPart
-from mara_rl.training.rollout_group import Faults, RolloutGroup
+from mara_rl.training.rollout_group import Faults, RolloutGroup, derived_seed, seed_everything
 from mara_rl.training.run_folder import RunFolder
-from mara_rl.training.runner_errors import RunnerErrors, cause
+from mara_rl.training.runner_errors import RunnerErrors
 from services.prompt_queue import PromptQueue, QueueLost
 from services.redis_server import redis_errors
 
@@ -32,7 +28,7 @@ class PPOPhase:
         config: TrainConfig,
         folder: RunFolder,
         algorithm: Any,
-        weights: LearnerWeights,
+        learners: Learners,
         runners: RolloutGroup,
         queue: PromptQueue,
         redis_url: str,
@@ -43,7 +39,7 @@ class PPOPhase:
         self._config = config
         self._folder = folder
         self._algorithm = algorithm
-        self._weights = weights
+        self._learners = learners
         self._runners = runners
         self._queue = queue
         self._redis_url = redis_url
@@ -78,8 +74,7 @@ class PPOPhase:
                 figures = self._iterate()
                 queue_figures = self._queue_figures()
                 if figures is None:
-                    if not self._weights.learners_alive():
-                        raise LostPart("the learner is gone")
+                    self._learners.check()
                     if time.monotonic() - progress_s > ppo.no_progress_timeout_s:
                         self.save()
                         raise RetryableError(
@@ -132,11 +127,7 @@ class PPOPhase:
             raise LostPart(str(error)) from error
         except RetryableError as error:
             self._display.line(f"checkpoint {self._state.iteration}: {error}")
-        try:
-            with self._watched_learners():
-                learner = self._weights.state()
-        except RayError as error:
-            raise LostPart(f"the learner failed: {cause(str(error))}") from error
+        learner = self._learners.state()
         self._state.unsent_metrics = self._tracking.unsent
         self._state.reward = self._rewards / self._answers if self._answers else None
         save_checkpoint(
@@ -146,8 +137,18 @@ class PPOPhase:
         if delivered is not None and self._acked(delivered):
             self._saved_iteration = self._state.iteration
             self._answers = self._rewards = 0.0
-        with self._watched_learners():
-            self._runners.barrier(self._state.iteration)
+        self.barrier()
+
+    def barrier(self) -> None:
+        """Abandon open episodes and re-derive every generator from (seed, iteration, process).
+
+        After this a run that continues and one that resumes here do the same.
+        """
+        iteration = self._state.iteration
+        seed = derived_seed(self._config.seed, iteration, 0)
+        seed_everything(seed)
+        self._learners.seed(seed)
+        self._runners.restart(iteration)
 
     def _acked(self, delivered: list[str]) -> bool:
         try:
@@ -163,42 +164,17 @@ class PPOPhase:
     def _iterate(self) -> dict[str, float] | None:
         """One iteration's metrics; None when it brought no update."""
         try:
-            with self._watched_learners():
+            with self._learners.watched():  # of runners RLlib raises nothing
                 result = self._algorithm.train()
             figures = self._figures(result)
-        except RayError as error:  # of runners RLlib raises none
-            raise LostPart(f"the learner failed: {cause(str(error))}") from error
+        except LostPart:
+            raise
         except RetryableError as error:  # Redis went away as the prompts of a batch were noted
             self._outage = str(error)
             self._unsure = True
             figures = None
         self._replace_silent_runners()
         return figures
-
-    @contextlib.contextmanager
-    def _watched_learners(self) -> Iterator[None]:
-        """Kill remote learners that hang: then the call fails, as for dead ones."""
-        config = self._config
-        if not config.learner.num_learners:
-            yield
-            return
-
-        def kill() -> None:
-            self._display.line(
-                f"iteration {self._state.iteration + 1}: no answer from the learner within "
-                f"{config.learner.update_timeout_s:g} s (learner.update_timeout_s): it is killed"
-            )
-            self._weights.kill_learners()
-
-        # Before the update, actors may take twice this: to get ready, and to sample.
-        limit_s = config.learner.update_timeout_s + 2 * config.rollouts.sample_timeout_s
-        timer = threading.Timer(limit_s, kill)
-        timer.daemon = True
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
 
     def _replace_silent_runners(self) -> None:
         dropped = self._algorithm.env_runner_group.num_env_runners_dropped_lifetime()

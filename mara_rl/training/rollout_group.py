@@ -1,4 +1,4 @@
-"""What the driver asks of the rollout actors beside PPO's sampling: answers, and barriers."""
+"""What the driver asks of the rollout actors beside PPO's sampling: answers, and new starts."""
 
 import functools
 import random
@@ -59,18 +59,11 @@ class RolloutGroup:
     def __init__(self, algorithm: Any, config: TrainConfig) -> None:
         self._algorithm = algorithm
         self._group = algorithm.env_runner_group
-        self._learners = algorithm.learner_group
         self._config = config
         self.token_forwards = 0
 
-    def barrier(self, iteration: int) -> None:
-        """Abandon open episodes and re-derive every generator from (seed, iteration, runner).
-
-        After this a run that continues and one that resumes here do the same.
-        """
-        seed = derived_seed(self._config.seed, iteration, 0)
-        seed_everything(seed)
-        self._learners.foreach_learner(functools.partial(_seed_learner, seed=seed))
+    def restart(self, iteration: int) -> None:
+        """Abandon open episodes and seed every actor by (seed, iteration, its number)."""
         self._group.foreach_env_runner(
             functools.partial(_restart, seed=self._config.seed, iteration=iteration),
             local_env_runner=False,
@@ -261,10 +254,6 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-
-
-def _seed_learner(learner: Any, seed: int) -> None:
-    seed_everything(seed)
 
 
 def _restart(runner: Any, seed: int, iteration: int) -> None:

@@ -148,12 +148,14 @@ class RunFolder:
             f"run {self.name!r} is being trained by another process; expected one that is "
             f"stopped (`mara-rl status {self.name}` tells how far it is)"
         )
-        with held(self.path / _LOCK, refusal, wait_s):
-            if not self.config.is_file():
+        with contextlib.ExitStack() as holding:
+            try:
+                holding.enter_context(held(self.path / _LOCK, refusal, wait_s))
+            except FileNotFoundError:
                 raise ConfigError(
                     f"run {self.name!r}: the process before ended without having begun, and took "
                     "the folder with it; start it again"
-                )
+                ) from None
             yield
 
     def is_claimed(self) -> bool:

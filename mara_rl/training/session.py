@@ -5,7 +5,10 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from mara_rl.errors import ConfigError
+from tenacity import Retrying
+
+from mara_rl.display import Display
+from mara_rl.errors import ConfigError, RetryableError
 from mara_rl.tracking.store import tracking_uri
 from mara_rl.training.config import TrainConfig
 from mara_rl.training.run_names import score_sources
@@ -34,7 +37,9 @@ class Session:
 
 
 @contextlib.contextmanager
-def training_session(config: TrainConfig, run: str, *, single_node: bool) -> Iterator[Session]:
+def training_session(
+    config: TrainConfig, run: str, patience: Retrying, display: Display, *, single_node: bool
+) -> Iterator[Session]:
     """Open the services of a run; embedded ones only where this process started Ray itself.
 
     Raises ConfigError naming what is missing before anything heavy starts: the resource plan is
@@ -50,50 +55,58 @@ def training_session(config: TrainConfig, run: str, *, single_node: bool) -> Ite
                 "(--single-node says that there is one node only)"
             )
         check_resources(resource_plan(config))
-        with redis_url(allow_embedded=alone) as url:
-            uri = tracking_uri(allow_local=alone)
-            sources = score_sources(config, run, shared_cluster=not ray.owns_cluster)
-            services = {
-                sources[name]: ScoreServiceConfig(
-                    **score.model_dump(include=set(ScoreServiceConfig.model_fields))
-                )
-                for name, score in config.scores.items()
-                if score.shared is None
-            }
-            for score in config.scores.values():
-                if score.app is not None:
-                    check_hosts(score.app, score.model)
-                if score.url is not None:
-                    check_url(score.url, score.model)
-            timeout_s = config.rollouts.placement_timeout_s
-            if not ray.owns_cluster:  # of a run that ends before they are ready, too
-                closing.callback(delete_scores, services)
-            lacking = {
-                name: service
-                for name, service in services.items()
-                if deployed_score(name) != service
-            }
-            delete_scores(lacking)  # of an earlier process, with another config
-            # For all of it before any of it: two runs would wait for each other's share.
-            await_room(_replicas(lacking) + actor_plan(config), timeout_s)
-            deploy_scores(services, ready_timeout_s=timeout_s)
-            yield Session(
-                prompts=PromptSourceConfig(
-                    url=url,
-                    seed=config.seed,
-                    deadline_s=config.prompts.read_timeout_s,
-                    max_failures=config.prompts.max_failures,
-                    dead_after_s=config.prompts.dead_after_s,
-                    heartbeat_s=config.prompts.dead_after_s / 12,
-                    prefetch=config.rollouts.num_slots,
-                ),
-                scores=ScoreClientConfig(
-                    sources=sources,
-                    deadline_s=config.scoring.deadline_s,
-                    max_attempts=config.scoring.max_attempts,
-                ),
-                tracking_uri=uri,
+
+        def open_redis() -> str:
+            return closing.enter_context(redis_url(allow_embedded=alone))
+
+        def give_back(services: Mapping[str, ScoreServiceConfig]) -> None:
+            try:
+                delete_scores(services)
+            except RetryableError as error:  # no reason for a finished run to fail
+                display.line(str(error))
+
+        url = patience(open_redis)
+        uri = patience(tracking_uri, allow_local=alone)
+        sources = score_sources(config, run, shared_cluster=not ray.owns_cluster)
+        services = {
+            sources[name]: ScoreServiceConfig(
+                **score.model_dump(include=set(ScoreServiceConfig.model_fields))
             )
+            for name, score in config.scores.items()
+            if score.shared is None
+        }
+        for score in config.scores.values():
+            if score.app is not None:
+                check_hosts(score.app, score.model)
+            if score.url is not None:
+                check_url(score.url, score.model)
+        timeout_s = config.rollouts.placement_timeout_s
+        if not ray.owns_cluster:  # of a run that ends before they are ready, too
+            closing.callback(give_back, services)
+        lacking = {
+            name: service for name, service in services.items() if deployed_score(name) != service
+        }
+        delete_scores(lacking)  # of an earlier process, with another config
+        # For all of it before any of it: two runs would wait for each other's share.
+        await_room(_replicas(lacking) + actor_plan(config), timeout_s)
+        deploy_scores(services, ready_timeout_s=timeout_s)
+        yield Session(
+            prompts=PromptSourceConfig(
+                url=url,
+                seed=config.seed,
+                deadline_s=config.prompts.read_timeout_s,
+                max_failures=config.prompts.max_failures,
+                dead_after_s=config.prompts.dead_after_s,
+                heartbeat_s=config.prompts.dead_after_s / 12,
+                prefetch=config.rollouts.num_slots,
+            ),
+            scores=ScoreClientConfig(
+                sources=sources,
+                deadline_s=config.scoring.deadline_s,
+                max_attempts=config.scoring.max_attempts,
+            ),
+            tracking_uri=uri,
+        )
 
 
 def _replicas(services: Mapping[str, ScoreServiceConfig]) -> list[tuple[str, dict[str, float]]]:

@@ -7,12 +7,15 @@ from types import FrameType
 
 from mara_rl.errors import RetryableError
 
+_AGAIN_S = 2.0
+
 
 @contextlib.contextmanager
 def time_limit(seconds: float, message: str) -> Iterator[None]:
     """Raise RetryableError with ``message`` when the block takes longer. In the main thread only.
 
-    What interrupts it is KeyboardInterrupt, as Ray's waiting calls hear of no other exception.
+    What interrupts it is KeyboardInterrupt, as Ray's waiting calls hear of no other exception. It
+    comes again and again, as Python drops one that meets a finalizer.
     """
     expired = False
 
@@ -22,7 +25,7 @@ def time_limit(seconds: float, message: str) -> Iterator[None]:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, expire)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, _AGAIN_S)
     try:
         yield
     except KeyboardInterrupt:

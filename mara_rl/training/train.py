@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_fixed
 
 from envs.reward import RewardSpec
 from mara_rl import __version__
@@ -24,8 +23,9 @@ from mara_rl.training.base_phase import BasePhase, run_base_phase
 from mara_rl.training.checkpoint import TrainState, load_newest_checkpoint
 from mara_rl.training.config import TrainConfig
 from mara_rl.training.final_phase import HeldoutEvaluation, register
-from mara_rl.training.learner_weights import LearnerWeights
-from mara_rl.training.lost_part import LostPart
+from mara_rl.training.learners import Learners
+from mara_rl.training.lost_part import LostPart, lost_on_ray_errors
+from mara_rl.training.patience import patience
 from mara_rl.training.ppo import build_algorithm
 from mara_rl.training.ppo_phase import PPOPhase
 from mara_rl.training.prompt_sets import fitting_prompts, tell_of_shared_prompts
@@ -44,7 +44,6 @@ from services.score_client import ScoreClient
 
 _MAX_RESTARTS = 3  # without a new checkpoint in between
 _RESTART_WAIT_S = 20.0
-_RETRY_WAIT_S = 2.0
 _QUEUE_KEPT_S = 7 * 24 * 3600  # of a finished run, for `mara-rl status`
 
 
@@ -76,13 +75,18 @@ def train(
         logging.getLogger(name).setLevel(logging.ERROR)
     resumed = load_newest_checkpoint(folder.checkpoints)
     with StopRequest(display) as stop, contextlib.ExitStack() as stack:
+        # A run that is begun has met them before: they may be on their way up, like itself.
+        begun = folder.mlflow_run_id is not None
+        limit_s = config.ppo.no_progress_timeout_s if begun else 0.0
+        patient = patience(limit_s, display, stop.check)
         with display.phase("starting services", total=1):
             session = stack.enter_context(
-                training_session(config, folder.name, single_node=single_node)
+                training_session(config, folder.name, patient, display, single_node=single_node)
             )
             stop.listen()
             tracking = stack.enter_context(
-                TrackingRun.start(
+                patient(
+                    TrackingRun.start,
                     session.tracking_uri,
                     EXPERIMENT,
                     folder.name,
@@ -148,7 +152,7 @@ class _Run:
         state = resumed[0] if resumed else TrainState()
         queue, prompt_source = self._queue(state)
         seed_everything(derived_seed(config.seed, 0))
-        with contextlib.ExitStack() as stack:
+        with lost_on_ray_errors("a part of the run failed"), contextlib.ExitStack() as stack:
             await_room(actor_plan(config), config.rollouts.placement_timeout_s)
             limit_s = config.ppo.no_progress_timeout_s
             late = f"rollout actors and learners not ready within {limit_s:g} s"
@@ -159,7 +163,7 @@ class _Run:
                 algorithm = build_algorithm(config, self.spec, prompt_source, session.scores)
             stack.callback(algorithm.stop)
             self.check_interrupt()
-            weights = LearnerWeights(algorithm, self.spec)
+            learners = Learners(algorithm, self.spec, config, display)
             runners = RolloutGroup(algorithm, config)
             stack.callback(runners.stop)
             train_prompts, too_long = fitting_prompts(self.train_prompts, "train", runners, display)
@@ -175,7 +179,7 @@ class _Run:
                 config,
                 folder,
                 algorithm,
-                weights,
+                learners,
                 runners,
                 queue,
                 session.prompts.url,
@@ -185,8 +189,8 @@ class _Run:
             )
             try:
                 if resumed:
-                    weights.load_state(resumed[1])
-                    runners.barrier(state.iteration)
+                    learners.load_state(resumed[1])
+                    phase.barrier()
                     display.line(f"resumed {folder.name} at iteration {state.iteration}")
                 else:
                     base = run_base_phase(
@@ -198,7 +202,7 @@ class _Run:
                         display,
                         self.check_interrupt,
                     )
-                    _begin(state, base, weights)
+                    _begin(state, base, learners)
                     left_out = {"train": len(too_long), "heldout": len(unanswered)}
                     tracking.log_metrics({"prompts/too_long": left_out, **base.figures}, step=0)
                     phase.save()
@@ -213,7 +217,7 @@ class _Run:
                 if state.position is not None:
                     phase.save()
                 raise
-            agent = weights.agent()
+            agent = learners.agent()
             if folder.agent.exists():  # a resumed run that had come this far before
                 remove_folder(folder.agent)
             save_agent(agent, folder.agent, metadata=_metadata(config, folder, state))
@@ -243,11 +247,12 @@ class _Run:
                 {f"time/{name.replace(' ', '_')}_s": s for name, s in display.phase_s.items()},
                 step=state.iteration,
             )
-        try:
-            with redis_errors(session.prompts.url):
-                queue.expire(_QUEUE_KEPT_S)
-        except RetryableError as error:
-            display.line(f"the prompt queue stays in Redis: {error}")
+        if config.prompts.queue is None:  # else it is the user's, with prompts of theirs
+            try:
+                with redis_errors(session.prompts.url):
+                    queue.expire(_QUEUE_KEPT_S)
+            except RetryableError as error:
+                display.line(f"the prompt queue stays in Redis: {error}")
         return RunOutcome(
             run=folder.name,
             agent_uri=agent_uri,
@@ -258,26 +263,25 @@ class _Run:
         """The run's prompt queue, standing where ``state`` says."""
         name = queue_name(self.config, self.folder.name, self.tracking.run_id)
         source = self.session.prompts.model_copy(update={"queue": name})
-        patience = Retrying(  # a Redis that was lost may still be on its way up
-            stop=stop_after_delay(self.config.ppo.no_progress_timeout_s),
-            wait=wait_fixed(_RETRY_WAIT_S),
-            retry=retry_if_exception_type(RetryableError),
-            reraise=True,
-        )
-        for attempt in patience:
-            with attempt, redis_errors(source.url):
+
+        def build() -> PromptQueue:
+            with redis_errors(source.url):
                 queue = source.open_queue(create=True)
                 queue.push(self.train_prompts, repeats=self.config.prompts.repeats)
                 queue.restart(state.position)
-        return queue, source
+            return queue
+
+        # A Redis that was lost may still be on its way up.
+        limit_s = self.config.ppo.no_progress_timeout_s
+        return patience(limit_s, self.display, self.check_interrupt)(build), source
 
 
-def _begin(state: TrainState, base: BasePhase, weights: LearnerWeights) -> None:
+def _begin(state: TrainState, base: BasePhase, learners: Learners) -> None:
     state.score_scales = dict(base.reward.scales)
     state.warm_start = base.figures
     state.token_forwards = base.token_forwards
     if base.agent is not None and base.value is not None:
-        weights.start_from(base.agent, base.value)
+        learners.start_from(base.agent, base.value)
 
 
 def _metadata(config: TrainConfig, folder: RunFolder, state: TrainState) -> dict[str, Any]:

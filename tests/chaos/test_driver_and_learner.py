@@ -48,3 +48,16 @@ def test_the_driver_dies(chaos) -> None:
     output = chaos.end(run, "the driver killed, `--resume` at once", took_s)
     line = next(line for line in output.splitlines() if line.startswith("resumed tiny-1"))
     assert before - 2 <= int(line.split()[-1]) <= before
+
+
+def test_the_driver_dies_and_redis_is_away_as_it_resumes(chaos) -> None:
+    run = chaos.start()
+    run.until_iteration(5)
+    at = run.kill()
+    chaos.redis.kill()
+    run = chaos.resume()
+    run.until(lambda: "trying for up to 900 s" in run.output(), "telling that Redis is away")
+    chaos.redis.start()
+    took_s = chaos.recovered(run, at)
+    fault = "the driver and Redis killed, `--resume` at once, Redis back when the run waits for it"
+    assert "resumed tiny-1 at iteration" in chaos.end(run, fault, took_s)

@@ -412,6 +412,8 @@ def test_a_job_brings_the_code_and_the_shipped_models_and_no_more(tmp_path: Path
 def test_the_runtime_env_says_nothing_secret() -> None:
     runtime_env = yaml.safe_load((DEPLOY / "runtime_env.yaml").read_text())
     assert runtime_env.keys() == {"env_vars"}
+    rayjob = yaml.safe_load((DEPLOY / "kuberay" / "rayjob.yaml").read_text())
+    assert yaml.safe_load(rayjob["spec"]["runtimeEnvYAML"]) == runtime_env
     assert not [n for n in runtime_env["env_vars"] if re.search("PASSWORD|TOKEN|KEY|REDIS", n)]
 
 

@@ -219,6 +219,16 @@ def test_reclaim_leaves_what_the_dead_had_delivered(empty_redis):
     assert queue.read("b", 1) == [second]
 
 
+def test_a_delivery_that_is_sent_again_is_no_duplicate(empty_redis):
+    """As the client does where the reply to it was lost; see `DELIVER`."""
+    queue = make_queue(empty_redis, 3)
+    held = [prompt.entry_id for prompt in queue.read("runner", 2)]
+    assert [queue._run("DELIVER", "batch", *held) for _ in range(2)] == [2, 0]
+    assert queue.status().duplicates == 0
+    assert queue.mark_delivered(held) == 0
+    assert queue.status().duplicates == 2
+
+
 def test_a_consumer_taken_for_dead_may_come_back(empty_redis):
     queue = make_queue(empty_redis, 3)
     (lost,) = queue.read("paused", 1)
@@ -284,7 +294,7 @@ def test_delivered_and_acked_entries_are_gone(empty_redis):
     assert queue.delivered() == held[:2]
     assert queue.ack_delivered(held[:2]) == 2
     assert queue.ack_delivered(held[:2]) == 0
-    assert queue._client.scard(queue._seen) == 0  # the account does not grow with the run
+    assert queue._client.hlen(queue._arrived) == 0  # the account does not grow with the run
     status = queue.status()
     assert (status.delivered, status.waiting, status.duplicates) == (0, 0, 0)
     assert {name: reader.pending for name, reader in status.pending.items()} == {"a": 1}

@@ -8,6 +8,7 @@ from prompt_queues import entries, ids, make_queue
 
 from mara_rl.errors import ConfigError, DataError
 from services.prompt_epochs import QueuePosition
+from services.prompt_files import PromptRecord
 from services.prompt_queue import PromptQueue, QueueLost
 from services.redis_server import connect
 
@@ -251,6 +252,9 @@ def test_the_queue_of_a_finished_run_is_forgotten_unless_it_is_taken_up_again(re
     queue.expire(100)
     assert {client.ttl(key) for key in keys} <= {99, 100}
     queue.restart(position)
+    assert {client.ttl(key) for key in client.keys("mara:*")} == {-1}
+    queue.expire(100)
+    queue.push([PromptRecord("new", "a text")])
     assert {client.ttl(key) for key in client.keys("mara:*")} == {-1}
     queue.expire(1)
     time.sleep(1.5)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import redis
+from redis.exceptions import MasterDownError, TryAgainError
 
 from mara_rl.errors import ConfigError, RetryableError
 from services.prompt_files import PromptRecord
@@ -124,6 +125,10 @@ def test_errors_that_may_pass_and_others(empty_redis):
     full = redis.ResponseError("MISCONF Redis is configured to save RDB snapshots, but")
     with pytest.raises(RetryableError, match="cannot serve: MISCONF"), redis_errors(empty_redis):
         raise full
+    # What the client makes of MASTERDOWN and TRYAGAIN.
+    for passing in (MasterDownError("Link with MASTER is down"), TryAgainError("rehashing")):
+        with pytest.raises(RetryableError, match="cannot serve"), redis_errors(empty_redis):
+            raise passing
     with pytest.raises(redis.ResponseError, match="WRONGTYPE"), redis_errors(empty_redis):
         client.hget("key", "field")
 

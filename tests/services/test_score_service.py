@@ -13,6 +13,7 @@ from tiny_checkpoints import BeaverFolder
 
 from mara_rl.errors import ConfigError, RetryableError
 from mara_rl.score_models.loading import load_score_model
+from services import score_service
 from services.ray_session import ray_session
 from services.score_service import (
     ScoreService,
@@ -21,6 +22,23 @@ from services.score_service import (
     delete_scores,
     deploy_scores,
 )
+
+
+def test_applications_that_serve_does_not_delete_are_told_after_all_were_tried(monkeypatch):
+    tried = []
+
+    def delete(name: str) -> None:
+        tried.append(name)
+        if name == "stuck":
+            raise TimeoutError("Deletion of 'stuck' took too long\nmore")
+
+    monkeypatch.setattr(score_service, "_status", lambda name: "RUNNING")
+    monkeypatch.setattr(score_service.serve, "delete", delete)
+    with pytest.raises(
+        RetryableError, match=r"deleted: 'stuck': Deletion of 'stuck' took too long$"
+    ):
+        delete_scores(["stuck", "other"])
+    assert tried == ["stuck", "other"]
 
 
 class LengthModel:

@@ -17,6 +17,7 @@ class DeliveryLog:
     def __init__(self, url: str) -> None:
         self.tickets: Counter[str] = Counter()
         self._url = url
+        self._recorded: set[str] = set()
         self._ready = threading.Event()
         threading.Thread(target=self._follow, daemon=True).start()
         assert self._ready.wait(20)
@@ -29,11 +30,12 @@ class DeliveryLog:
                     self._ready.set()
                     for seen in monitor.listen():
                         # `services.prompt_scripts.DELIVER` does this for each entry.
-                        command, key, ticket = [*seen["command"].split(" ", 2), "", ""][:3]
+                        command, key, rest = [*seen["command"].split(" ", 2), "", ""][:3]
                         # Without Lua it is `PromptQueue.remember`.
-                        in_script = seen["client_type"] == "lua" and command.lower() == "sadd"
-                        if in_script and key.endswith(":seen"):
-                            self.tickets[ticket.strip('"')] += 1
+                        in_script = seen["client_type"] == "lua" and command.lower() == "hset"
+                        if in_script and key.endswith(":arrived") and rest not in self._recorded:
+                            self._recorded.add(rest)  # with its batch: a command sent again
+                            self.tickets[rest.rpartition(" ")[0].strip('"')] += 1
             except redis.RedisError:
                 time.sleep(0.02)
 

@@ -106,6 +106,7 @@ class RayJobSpec(_Fields):
     entrypoint: str
     metadata: dict[str, str]
     entrypointNumCpus: float
+    runtimeEnvYAML: str
     submissionMode: Literal["K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode"]
     backoffLimit: int
     shutdownAfterJobFinishes: bool

@@ -16,12 +16,23 @@ from mara_rl.errors import RetryableError
 from mara_rl.training import ppo_phase
 from mara_rl.training.checkpoint import TrainState, load_newest_checkpoint
 from mara_rl.training.config import load_config
+from mara_rl.training.learners import Learners
 from mara_rl.training.lost_part import LostPart
 from mara_rl.training.ppo_phase import PPOPhase
 from mara_rl.training.rollout_group import Faults
 from mara_rl.training.run_folder import RunFolder
 from services.prompt_epochs import QueuePosition
 from services.prompt_queue import QueueLost
+
+
+class LocalLearner:
+    """A learner in this process, as RLlib's group of them shows it."""
+
+    def __len__(self) -> int:
+        return 0
+
+    def foreach_learner(self, call: Any) -> None:
+        """It answers."""
 
 
 class FakeAlgorithm:
@@ -33,6 +44,7 @@ class FakeAlgorithm:
             num_healthy_remote_workers=lambda: 0, num_env_runners_dropped_lifetime=lambda: 0
         )
         self.unnoticed_restarts = 0
+        self.learner_group = LocalLearner()
 
     def train(self) -> dict[str, Any]:
         outcome = self.outcomes.pop(0) if len(self.outcomes) > 1 else self.outcomes[0]
@@ -71,7 +83,7 @@ def phase_of(algorithm: FakeAlgorithm, out: io.StringIO) -> PPOPhase:
         config,
         folder=unused,
         algorithm=algorithm,
-        weights=SimpleNamespace(learners_alive=lambda: True),
+        learners=Learners(algorithm, unused, config, unused),
         runners=SimpleNamespace(last_failures=list, take_faults=Faults),
         queue=QuietQueue(),
         redis_url="redis://localhost",
@@ -149,9 +161,12 @@ def test_an_interrupt_is_heard_while_nothing_is_learned(monkeypatch: pytest.Monk
         phase_of(FakeAlgorithm({}), io.StringIO()).run(check_interrupt=interrupt)
 
 
-def test_a_dead_learner_and_a_failed_one_send_the_run_back() -> None:
+def test_a_dead_learner_and_a_failed_one_send_the_run_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone() -> None:
+        raise LostPart("the learner is gone")
+
     phase = phase_of(FakeAlgorithm({}), io.StringIO())
-    phase._weights = SimpleNamespace(learners_alive=lambda: False)
+    monkeypatch.setattr(phase._learners, "check", gone)
     with pytest.raises(LostPart, match="the learner is gone"):
         phase.run(check_interrupt=lambda: None)
     phase = phase_of(FakeAlgorithm(ActorDiedError()), io.StringIO())
@@ -236,8 +251,9 @@ def test_a_checkpoint_without_redis_is_made_up_for_and_then_not_repeated(tmp_pat
     queue = FlakyQueue()
     phase._queue = queue
     phase._folder = RunFolder(tmp_path)
-    phase._weights = SimpleNamespace(state=lambda: {"w": np.zeros(2)})
-    phase._runners = SimpleNamespace(barrier=lambda iteration: None)
+    state = {"w": np.zeros(2)}
+    phase._learners = SimpleNamespace(state=lambda: state, seed=lambda seed: None)
+    phase._runners = SimpleNamespace(restart=lambda iteration: None)
     phase.save()
     assert load_newest_checkpoint(tmp_path / "checkpoints") is not None
     assert queue.acknowledged == []

@@ -8,6 +8,7 @@ import pytest
 import ray
 
 from mara_rl.errors import RetryableError
+from mara_rl.training import time_limit as time_limit_module
 from mara_rl.training.time_limit import time_limit
 from services.ray_session import ray_session
 
@@ -33,3 +34,21 @@ def test_an_actor_that_has_no_room_is_not_waited_for_without_end():
         with pytest.raises(RetryableError, match="no room"), time_limit(1, "no room for it"):
             ray.get(actor.is_set.remote())
         assert time.monotonic() - began < 20
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_an_alarm_that_a_finalizer_swallows_comes_again(monkeypatch):
+    monkeypatch.setattr(time_limit_module, "_AGAIN_S", 0.2)
+
+    class Finalized:
+        def __del__(self):
+            time.sleep(0.6)
+
+    def wait() -> None:
+        Finalized()
+        time.sleep(30)
+
+    began = time.monotonic()
+    with pytest.raises(RetryableError, match="late"), time_limit(0.2, "late"):
+        wait()
+    assert time.monotonic() - began < 20

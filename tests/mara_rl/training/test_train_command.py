@@ -16,6 +16,7 @@ from tiny_checkpoints import BeaverFolder
 
 from mara_rl.training.config import load_config
 from mara_rl.training.run_folder import RunFolder, RunOutcome
+from services.redis_server import connect, redis_url
 
 pytestmark = pytest.mark.slow
 
@@ -119,6 +120,14 @@ def test_a_run_trains_compares_registers_and_resumes(config: Path, home: Path) -
         for out in (done.stdout, again.stdout)
     )
     assert first == second
+    assert 0 < lifetime_of_queues_s() <= 7 * 24 * 3600
+
+
+def lifetime_of_queues_s() -> int:
+    """That of what is in the embedded Redis; -1 where it stays."""
+    with redis_url(allow_embedded=True) as url, connect(url) as client:
+        [seconds] = {client.ttl(key) for key in client.keys("mara:*")}
+    return seconds
 
 
 def test_a_run_by_name_is_left_alone_once_done_and_by_another_config(home: Path) -> None:
@@ -150,6 +159,7 @@ def test_a_signal_to_stop_saves_and_the_run_resumes(
 ) -> None:
     command = [sys.executable, "-c", "from mara_rl.cli.app import main; main()"]
     command += ["train", str(config), "--set", "ppo.iterations=500", "--set", "evaluation=null"]
+    command += ["--set", "prompts.queue=of-the-user"]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
     checkpoints = home / "tiny-1" / "checkpoints"
     deadline = time.monotonic() + 300
@@ -171,6 +181,7 @@ def test_a_signal_to_stop_saves_and_the_run_resumes(
     assert resumed.returncode == 0, resumed.stderr
     assert f"resumed tiny-1 at iteration {int(newest)}" in resumed.stdout
     assert (home / "tiny-1" / "agent" / "agent.safetensors").is_file()
+    assert lifetime_of_queues_s() == -1  # the user may have pushed prompts that are nowhere else
 
 
 @pytest.mark.parametrize(
