@@ -56,7 +56,8 @@ def test_the_driver_dies_and_redis_is_away_as_it_resumes(chaos) -> None:
     at = run.kill()
     chaos.redis.kill()
     run = chaos.resume()
-    run.until(lambda: "trying for up to 900 s" in run.output(), "telling that Redis is away")
+    run.until_line("cannot serve")
+    run.until_line("trying for up to 900 s")
     chaos.redis.start()
     took_s = chaos.recovered(run, at)
     fault = "the driver and Redis killed, `--resume` at once, Redis back when the run waits for it"
