@@ -80,7 +80,7 @@ class AnswerFile:
 
 
 def write_answers(path: Path, table: Sequence[Sequence[Answer]]) -> None:
-    """Write a whole table at once, for methods whose answers are chosen from others'."""
+    """Write a whole table at once: of answers chosen from others', or made elsewhere."""
     lines = [answer.model_dump_json(exclude_none=True) for row in table for answer in row]
     write_atomically(path, "".join(line + "\n" for line in lines))
 

@@ -213,8 +213,9 @@ class EvaluationPlan(Section):
                 raise ValueError(
                     f"methods.{name}.of: {method.of!r}; expected one of {', '.join(able) or 'none'}"
                 )
-            if isinstance(method, BestOfMethod):
-                answers = getattr(source, "replicates", 1)
+            # How many answers a file has is known when it is read.
+            if isinstance(method, BestOfMethod) and not isinstance(source, AnswersMethod):
+                answers = source.replicates
                 if answers < method.n:
                     raise ValueError(
                         f"methods.{name}.n: {method.n}, but {method.of!r} has {answers} answers to "
