@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, model_validator
 from mara_rl.agent import Rule
 from mara_rl.errors import ConfigError, first_problem
 from mara_rl.policy_llm import SMOLLM2, DType
-from mara_rl.yaml_settings import NAME_PATTERN, Section, names_in, preset_or_file, read_settings
+from mara_rl.yaml_settings import NAME_PATTERN, Section, preset_or_file, read_settings
 from services.prompt_files import PACKAGED
 
 AXES = ("reward", "cost")
@@ -247,11 +247,6 @@ PRESETS = resources.files("mara_rl.evaluation") / "presets"
 def is_url(score_service: str) -> bool:
     """Whether a score service is named by URL, not by application."""
     return score_service.startswith(("http://", "https://"))
-
-
-def preset_names() -> list[str]:
-    """The plans the package ships."""
-    return names_in(PRESETS)
 
 
 def read_plan(name_or_path: str | None, overrides: Sequence[str]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from mara_rl.evaluation.plan import (
     ALIGNER_TEMPLATE,
     RewriteMethod,
     checked_plan,
-    preset_names,
     read_plan,
 )
 from mara_rl.evaluation.published import published_set
@@ -102,7 +101,6 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
 
 
 def test_overrides_and_presets():
-    assert preset_names() == ["paper-protocol", "quickstart"]
     values = read_plan(
         "paper-protocol",
         ["llm=mistralai/Mistral-7B-Instruct-v0.3", "prompts=x/safe_rlhf_test.json"],
