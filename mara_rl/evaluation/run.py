@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -88,6 +88,7 @@ def evaluate(
             display.line(f"going on in {folder}")
         for name, table in given.items():
             write_answers(folder / ANSWERS / f"{name}.jsonl", table)
+        stack.enter_context(_told_how_to_go_on(folder, display))
         display.line(_about(prompts))
         tables = Generation(plan, prompts, agents, folder / ANSWERS, display).run(given)
         cache = stack.enter_context(ScoreCache(mara_home() / "cache" / "scores.sqlite"))
@@ -120,6 +121,15 @@ def evaluate(
         write_atomically(folder / SUMMARY, text + "\n")
         write_report(folder / REPORT, figures, judged)
     return Evaluation(plan, folder, judged, figures)
+
+
+@contextlib.contextmanager
+def _told_how_to_go_on(folder: Path, display: Display) -> Iterator[None]:
+    try:
+        yield
+    except (Exception, KeyboardInterrupt):
+        display.line(f"stopped: the same command with --out {folder} goes on from here")
+        raise
 
 
 def _check_pools(plan: EvaluationPlan, given: Mapping[str, Table]) -> None:

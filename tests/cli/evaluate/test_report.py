@@ -189,6 +189,19 @@ def check_report(html: str) -> None:
     assert re.search("a seed of its own; in (float32 on cpu|bfloat16 on cuda); LLM", html)
 
 
+def test_methods_of_a_plan_and_of_short_names_are_set_alike(evaluate, made, tmp_path):
+    plan, out = tmp_path / "plan.yaml", tmp_path / "out"
+    plan.write_text(yaml.safe_dump({"methods": {"base": {"kind": "base"}}}))
+    arguments = [plan, *base_alone(made)[:-2], "--methods", "base,sampled"]
+    changes = ("--set", "methods.sampled.temperature=0.7", "--set", "methods.base.top_k=9")
+    status, _, err = evaluate(*arguments, *changes, "--out", out)
+    assert status == 0, err
+    methods = json.loads((out / "summary.json").read_text())["methods"]
+    assert list(methods) == ["base", "sampled"]
+    assert methods["sampled"]["spec"]["temperature"] == 0.7
+    assert methods["base"]["spec"]["top_k"] == 9
+
+
 def test_what_kl_is_of(evaluate, made, tmp_path):
     """Only of the LLM as truncated, at temperature 1, it is known."""
     agent = {"kind": "agent", "agent": made["agent"]}

@@ -115,6 +115,16 @@ def test_overrides_and_presets():
         read_plan("paper", [])
 
 
+def test_single_keys_of_what_has_a_default():
+    overrides = ["judges.training.safe_below=1", "weights.cost=-2", "methods.base.kind=base"]
+    plan = checked_plan(read_plan(None, overrides))
+    default = checked_plan(read_plan(None, ["methods.base.kind=base"]))
+    assert default == checked_plan({"methods": {"base": {"kind": "base"}}})
+    training = default.judges["training"].model_copy(update={"safe_below": 1.0})
+    assert plan.judges == default.judges | {"training": training}
+    assert plan.weights == {"reward": 1.0, "cost": -2.0}
+
+
 def test_the_quickstart_preset_measures_what_the_quickstart_does():
     plan, config = checked_plan(read_plan("quickstart", [])), load_config("quickstart")
     assert (plan.llm, plan.dtype) == (config.llm.name, config.llm.dtype)
