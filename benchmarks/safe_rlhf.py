@@ -60,7 +60,8 @@ BASELINES = ("base", "best-of-4", "best-of-16", *SCRATCH)
 
 def split(source: Path, folder: Path) -> tuple[Path, Path]:
     """Files of prompts to train on and to tune on, drawn from ``source``."""
-    lines = source.read_text(encoding="utf-8").splitlines()
+    # Not splitlines(): a prompt may hold U+2028 and the like unescaped.
+    lines = [line for line in source.read_text(encoding="utf-8").split("\n") if line.strip()]
     order = np.random.default_rng(0).permutation(len(lines))
     files = folder / "train.jsonl", folder / "tune.jsonl"
     parts = order[:TRAIN_PROMPTS], order[TRAIN_PROMPTS : TRAIN_PROMPTS + TUNE_PROMPTS]

@@ -53,9 +53,17 @@ def read_settings(text: str, name: str, overrides: Sequence[str] = ()) -> dict[s
         raise ConfigError(f"{name}: not YAML: {_one_line(error)}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{name}: expected a mapping of settings")
-    for override in overrides:
-        _override(values, override)
+    override(values, overrides)
     return values
+
+
+def override(values: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Put ``a.b=c`` overrides (values in YAML) into a mapping.
+
+    Raises ConfigError, one line, for one that does not fit.
+    """
+    for text in overrides:
+        _override(values, text)
 
 
 class _StrictLoader(yaml.SafeLoader):

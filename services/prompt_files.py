@@ -132,10 +132,12 @@ def _record(place: str, row: Any, field: str) -> PromptRecord:
         raise DataError(f"{place}: {field} is {type(text).__name__}, expected a string")
     if not text.strip():
         raise DataError(f"{place}: {field} is empty")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"{place}: {field} is not valid Unicode ({error.reason})") from error
+    for key, value in row.items():
+        try:  # with all that is in it
+            json.dumps([key, value], ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError as error:
+            shown = key.encode(errors="backslashreplace").decode()
+            raise DataError(f"{place}: {shown} is not valid Unicode ({error.reason})") from error
     if name is not None and (isinstance(name, bool) or not isinstance(name, str | int)):
         raise DataError(f"{place}: id is {name!r}, expected a string or a whole number")
     extra = {key: value for key, value in row.items() if key not in (field, "id")}

@@ -1,6 +1,7 @@
 """``mara-rl agents``: registered agents, their export, and which one is champion."""
 
 import contextlib
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,12 +46,12 @@ def show(
 ) -> None:
     """Show the versions of a registered agent, or one agent with its settings."""
     from mara_rl.agent_refs import fetch_agent
-    from mara_rl.tracking.registry import is_registry_ref
+    from mara_rl.tracking.registry import is_registry_ref, is_version_ref
 
     if is_registry_ref(name):
         registry = _registry(single_node)
         rows = _spec_rows(registry.resolve(name).spec)
-        if name.startswith("models:/"):
+        if is_version_ref(name):
             rows += _version_rows(registry.find(name))
         _print_table(("", ""), rows)
     elif Path(name).exists():
@@ -164,7 +165,9 @@ def promote(
     if force != (reason is not None):
         raise typer.BadParameter("--force and --reason go together")
     registry = _registry(single_node)
-    evidence = PromotionEvidence.from_tags(registry.find(f"models:/{name}/{version}").tags)
+    evidence = None
+    if not force:  # which needs none, and a tag that is spoilt must not stand in its way
+        evidence = PromotionEvidence.from_tags(registry.find(f"models:/{name}/{version}").tags)
     print(registry.promote(name, version, evidence=evidence, force_reason=reason).line)
 
 
@@ -206,7 +209,7 @@ def _rate(version: "AgentVersion") -> str:
     from mara_rl.tracking.promotion import PromotionEvidence
 
     evidence = PromotionEvidence.from_tags(version.tags)
-    if evidence is None:
+    if evidence is None or math.isnan(evidence.rate):
         return "–"
     other = "base" if evidence.against == "base" else f"version {evidence.champion_version}"
     figures = f"{evidence.rate:+.1f} [{evidence.low:+.1f}, {evidence.high:+.1f}]"

@@ -1,5 +1,6 @@
 """``mara-rl evaluate``: any set of methods on the same prompts, compared and reported."""
 
+import contextlib
 import re
 import shlex
 import sys
@@ -91,6 +92,7 @@ def evaluate(
 
     from mara_rl.display import Display
     from mara_rl.evaluation.plan import checked_plan, read_plan
+    from mara_rl.yaml_settings import override
 
     flags = {
         "llm": llm,
@@ -100,18 +102,22 @@ def evaluate(
         "seed": seed,
         "drop_seen": drop_seen or None,
     }
-    values: dict[str, Any] = read_plan(plan, overrides or [])
+    # Those of single methods wait for the methods that short names give.
+    late = [text for text in overrides or [] if text.startswith("methods.")]
+    early = [text for text in overrides or [] if text not in late]
+    values: dict[str, Any] = read_plan(plan, early)
     values |= {key: value for key, value in flags.items() if value is not None}
     if judges:
-        if any(override.startswith("judges") for override in overrides or []):
+        if any(text.startswith("judges") for text in early):
             raise ConfigError("--set judges…: --judge replaces all judges; expected one of the two")
         values["judges"] = _judges(judges)
     named = _named_agents(agents)
     short = methods.split(",") if methods is not None else None
     values["methods"] = _methods(values, short, named, other_llms, answers)
+    override(values, late)
     if allow_other_llm:
         for spec in values["methods"].values():
-            if spec.get("kind") == "agent":
+            if isinstance(spec, dict) and spec.get("kind") == "agent":
                 spec["allow_other_llm"] = True
     checked = checked_plan(values, f"plan {plan!r}" if plan else "plan")
     checked = _pinned(checked, single_node)
@@ -146,8 +152,10 @@ def _run(
     command = shlex.join(["mara-rl", *sys.argv[1:]])
     try:
         done = run(plan, agents, folder, display, command=command)
-    except KeyboardInterrupt:
-        display.line(f"interrupted: the same command with --out {folder} goes on from here")
+    except (Exception, KeyboardInterrupt):
+        if out is None:
+            with contextlib.suppress(OSError):  # not empty
+                folder.rmdir()
         raise
     try:
         if uri is not None:
@@ -167,7 +175,10 @@ def _methods(
     other_llms: Sequence[str] | None,
     answers: Sequence[str] | None,
 ) -> dict[str, Any]:
-    """Those of the plan, then those of the flags; ``base,agent`` where neither names any."""
+    """Those of the plan, then those of the flags; ``base,agent`` where neither names any.
+
+    One that both have is no matter where it is the same.
+    """
     from mara_rl.evaluation.method_names import methods_of
     from mara_rl.policy_llm import SMOLLM2
     from mara_rl.tracking.registry import model_name_for
@@ -183,7 +194,7 @@ def _methods(
     if agents and not wants_agent:
         raise ConfigError(f"--agent: no method uses it; --methods is {','.join(short)}")
     if not agents and wants_agent:
-        champion = f"models:/{model_name_for(values.get('llm') or SMOLLM2)}@champion"
+        champion = f"models:/{model_name_for(str(values.get('llm') or SMOLLM2))}@champion"
         agents = {"agent": champion}
     found = [*planned.items(), *methods_of(short, agents).items()]
     found += [
@@ -194,7 +205,7 @@ def _methods(
     ]
     methods: dict[str, Any] = {}
     for name, spec in found:
-        if name in methods:
+        if methods.get(name, spec) != spec:
             raise ConfigError(f"methods: two are named {name!r}; expected different names")
         methods[name] = dict(spec) if isinstance(spec, dict) else spec
     return methods

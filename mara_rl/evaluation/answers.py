@@ -80,7 +80,7 @@ class AnswerFile:
 
 
 def write_answers(path: Path, table: Sequence[Sequence[Answer]]) -> None:
-    """Write a whole table at once, for methods whose answers are chosen from others'."""
+    """Write a whole table at once: of answers chosen from others', or made elsewhere."""
     lines = [answer.model_dump_json(exclude_none=True) for row in table for answer in row]
     write_atomically(path, "".join(line + "\n" for line in lines))
 
@@ -100,7 +100,10 @@ def read_foreign_answers(path: str, prompts: PromptSet) -> list[list[Answer]]:
         raise DataError(f"{path}: no such file")
     by_id = {prompt.prompt_id: prompt for prompt in prompts.read}
     by_text = {prompt.text: prompt for prompt in reversed(prompts.read)}
+    lines_of_id = Counter(prompt.prompt_id for prompt in prompts.read)
+    lines_of_text = Counter(prompt.text for prompt in prompts.read)
     found: dict[str, list[Answer]] = {name: [] for name in prompts.ids}
+    lines: dict[str, int] = {}  # lines of the prompt file that a prompt's answers may be to
     rows = 0
     for place, row in _foreign_rows(file):
         rows += 1
@@ -117,6 +120,10 @@ def read_foreign_answers(path: str, prompts: PromptSet) -> list[list[Answer]]:
         if prompt.prompt_id in found:
             answers = found[prompt.prompt_id]
             answers.append(Answer(id=prompt.prompt_id, replicate=len(answers), text=text))
+            named = row.get("id") not in (None, "")
+            lines[prompt.prompt_id] = (
+                lines_of_id[prompt.prompt_id] if named else lines_of_text[prompt.text]
+            )
     if not rows:
         raise DataError(f"{path}: no answers in it")
     missing = [name for name, answers in found.items() if not answers]
@@ -125,12 +132,11 @@ def read_foreign_answers(path: str, prompts: PromptSet) -> list[list[Answer]]:
             f"{path}: no answer to {len(missing)} of {len(found)} prompts (the first: "
             f"{missing[0]!r}); expected answers to the same prompts"
         )
-    places = Counter(prompt.text for prompt in prompts.read)
-    least = min(len(answers) for answers in found.values())
-    for prompt in prompts.prompts:
-        answers = found[prompt.prompt_id]
-        if len(answers) == least * places[prompt.text]:
-            del answers[least:]
+    # As many answers to every line of the prompt file: those to a prompt's first line count.
+    per_line = {len(answers) / lines[name] for name, answers in found.items()}
+    if len(per_line) == 1 and (each := per_line.pop()).is_integer():
+        for answers in found.values():
+            del answers[int(each) :]
     counts = sorted({len(answers) for answers in found.values()})
     if len(counts) > 1:
         raise DataError(

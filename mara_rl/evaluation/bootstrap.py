@@ -64,7 +64,12 @@ class PairedBootstrap:
     def length_controlled(
         self, difference: ArrayLike, length: ArrayLike, rows: NDArray[Any] | None = None
     ) -> Interval:
-        """`at_equal_length` with its percentile interval; the line is fitted in every resample."""
+        """The score difference that a line through (length difference, score difference) has at 0.
+
+        The intercept of ordinary least squares over prompts (N,), fitted in every resample: what is
+        left of a gain where neither answer is longer. Where all lengths differ alike there is no
+        line: the mean difference.
+        """
         d, x = np.asarray(difference, np.float64), np.asarray(length, np.float64)
         columns = np.stack([d, x, x * d, x * x], axis=1)
         kept = columns if rows is None else columns[rows]
@@ -76,17 +81,6 @@ def interval(value: float, resampled: NDArray[np.float64]) -> Interval:
     """``value`` with the 2.5 % and 97.5 % quantiles of what the resamples gave (B,)."""
     low, high = np.nanquantile(resampled, (0.025, 0.975))
     return Interval(value, float(low), float(high))
-
-
-def at_equal_length(difference: ArrayLike, length: ArrayLike) -> float:
-    """The score difference that a line through (length difference, score difference) has at 0.
-
-    The intercept of ordinary least squares over prompts (N,): what is left of a gain where neither
-    answer is longer. Where all lengths differ alike there is no line: the mean difference.
-    """
-    d, x = np.asarray(difference, np.float64), np.asarray(length, np.float64)
-    columns = np.stack([d, x, x * d, x * x], axis=1)
-    return float(_intercept(columns.mean(0)[None])[0])
 
 
 def _intercept(moments: NDArray[np.float64]) -> NDArray[np.float64]:

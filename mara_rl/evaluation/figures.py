@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from mara_rl.evaluation import comparison
 from mara_rl.evaluation.answers import Answer
-from mara_rl.evaluation.bootstrap import PairedBootstrap, interval
+from mara_rl.evaluation.bootstrap import PairedBootstrap
 from mara_rl.preference import preference_rate, sign_test
 from mara_rl.text_quality import (
     distinct_n,
@@ -211,15 +211,6 @@ def mean_difference(
 ) -> dict[str, float]:
     """Mean over prompts of A's mean score (N, R) less B's (N, Q), with its interval."""
     return bootstrap.mean(a.mean(1) - b.mean(1), rows).plain()
-
-
-def ratio_interval(
-    numerator: Floats, denominator: Floats, bootstrap: PairedBootstrap
-) -> dict[str, float]:
-    """Σ numerator / Σ denominator over prompts (N,), with its interval."""
-    means = bootstrap.means(np.stack([numerator, denominator], axis=1))
-    value = float(numerator.sum() / denominator.sum())
-    return interval(value, means[:, 0] / means[:, 1]).plain()
 
 
 def _against(a: Floats, b: Floats) -> Floats:

@@ -17,7 +17,7 @@ from mara_rl.decoding.blend import Blend
 from mara_rl.decoding.decoder import Decoder
 from mara_rl.decoding.request import DecodeRequest, DecodeSettings
 from mara_rl.display import Display
-from mara_rl.errors import DataError, MaraError
+from mara_rl.errors import ConfigError, DataError, MaraError
 from mara_rl.evaluation.answers import Answer, AnswerFile
 from mara_rl.evaluation.plan import (
     AgentMethod,
@@ -66,7 +66,7 @@ class Generation:
         """The answers of every method but those that choose among others' (best_of).
 
         ``given``: those made elsewhere. What the folder holds already is not made again. Raises
-        DataError naming the method.
+        DataError naming the method, ConfigError where the GPU's memory is too small.
         """
         plan, tables = self._plan, dict(given)
         generated = {
@@ -93,17 +93,22 @@ class Generation:
             replicates = len(tables[method.of][0])
         else:
             replicates = method.replicates
-        ids = self._prompts.ids
+        ids, num_slots = self._prompts.ids, self._plan.num_slots
         with AnswerFile(self._folder / f"{name}.jsonl") as file:
             wanted = [(row, number) for row in range(len(ids)) for number in range(replicates)]
             todo = [(row, number) for row, number in wanted if (ids[row], number) not in file.done]
             if todo:
-                llm = self._load(method)
                 try:
+                    llm = self._load(method)
                     jobs = self._jobs(name, method, llm, todo, tables)
                     self._decode(name, jobs, file, len(wanted))
                 except MaraError as error:
                     raise type(error)(f"method {name!r}: {error}") from error
+                except torch.OutOfMemoryError as error:
+                    raise ConfigError(
+                        f"method {name!r}: the GPU's memory is too small for num_slots: "
+                        f"{num_slots}; lower it (--set num_slots={max(1, num_slots // 2)})"
+                    ) from error
             return file.table(ids, replicates)
 
     def _load(self, method: GeneratedMethod) -> PolicyLLM:

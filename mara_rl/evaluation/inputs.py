@@ -10,6 +10,7 @@ from mara_rl.agent import Agent
 from mara_rl.agent_files import agent_sha256
 from mara_rl.atomic_write import write_atomically
 from mara_rl.errors import ConfigError, first_line
+from mara_rl.evaluation.answers import AnswerFile
 from mara_rl.evaluation.fingerprints import file_sha256, llm_sha256
 from mara_rl.evaluation.plan import AnswersMethod, BestOfMethod, EvaluationPlan, RewriteMethod
 from mara_rl.evaluation.prompt_set import PromptSet
@@ -20,6 +21,8 @@ FILE = "inputs.json"
 ANSWERS = "answers"
 LOCK = "lock"
 _DECODED_BY = {"dtype", "device"}
+_KNOWN_BY = {"llm": "llm_sha256", "source": "checksum", "agent": "agent_sha256", "file": "sha256"}
+"""What says that two names are of the same content; "" does not."""
 
 
 def plan_inputs(
@@ -73,21 +76,27 @@ def opened(folder: Path) -> Iterator[None]:
 
 
 def claim(folder: Path, inputs: Mapping[str, Any]) -> bool:
-    """See that the answers in ``folder`` are of these inputs; whether there are any.
+    """See that the answers in ``folder`` are of these inputs; whether any were made there.
 
     Methods may be added, and changed as long as they have no answers; where none is missing, it is
-    no matter how one more would be decoded. Raises ConfigError naming the first input that differs.
+    no matter how one more would be decoded. How many answers a prompt has may change: each has its
+    own seed. Raises ConfigError naming the first input that differs.
     """
-    before = _read(folder / FILE)
-    files = (folder / ANSWERS).glob("*.jsonl")
-    begun = {file.stem: file.read_bytes().count(b"\n") for file in files if file.stat().st_size}
+    before, now = _read(folder / FILE), json.loads(json.dumps(inputs))
+    begun = {
+        file.stem: done
+        for file in (folder / ANSWERS).glob("*.jsonl")
+        if (done := AnswerFile(file).done)
+        and not _made_elsewhere(before["methods"], now["methods"], file.stem)
+    }
     theirs = {name: found for name, found in before["methods"].items() if name in begun}
-    now = json.loads(json.dumps(inputs))
-    for name, found in theirs.items():
-        source = inputs["methods"].get(found.get("of"), found)
-        if begun[name] >= inputs["prompts"]["n"] * source.get("replicates", 1):
-            for key in _DECODED_BY & now["methods"].get(name, {}).keys():
-                now["methods"][name][key] = found.get(key)
+    for name in theirs.keys() & now["methods"].keys():
+        method = now["methods"][name]
+        wanted = now["methods"].get(method.get("of"), method).get("replicates", 1)
+        made = sum(replicate < wanted for _, replicate in begun[name])
+        if made >= now["prompts"]["n"] * wanted:
+            for key in _DECODED_BY & method.keys():
+                method[key] = theirs[name].get(key)
     for key, old, new in _differences(before | {"methods": theirs}, now) if begun else ():
         raise ConfigError(
             f"{folder} holds an evaluation with {key}: {old!r}, not {new!r}; give the same "
@@ -97,6 +106,12 @@ def claim(folder: Path, inputs: Mapping[str, Any]) -> bool:
     write_atomically(folder / FILE, json.dumps(now, indent=2, ensure_ascii=False) + "\n")
     (folder / ANSWERS).mkdir(exist_ok=True)
     return bool(begun)
+
+
+def _made_elsewhere(before: Mapping[str, Any], now: Mapping[str, Any], name: str) -> bool:
+    """Whether a method's answers are copies of a file, now as before: made anew every time."""
+    old = before.get(name, {})
+    return old.get("kind") == now.get(name, old).get("kind") == "answers"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -114,10 +129,16 @@ def _read(path: Path) -> dict[str, Any]:
 def _differences(
     old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Dotted keys of ``new`` whose value in ``old`` is another; methods only in one are passed."""
+    """Dotted keys of ``new`` whose value in ``old`` is another; methods only in one are passed.
+
+    So are numbers of answers, and names of what is the same by its checksum.
+    """
     for key, value in new.items():
         path = f"{prefix}{key}"
-        if prefix == "methods." and key not in old:
+        if (prefix == "methods." and key not in old) or key == "replicates":
+            continue
+        check = _KNOWN_BY.get(key)
+        if check is not None and new.get(check) and old.get(check) == new[check]:
             continue
         if isinstance(value, dict) and isinstance(old.get(key), dict):
             yield from _differences(old[key], value, f"{path}.")

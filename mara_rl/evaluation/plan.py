@@ -6,11 +6,12 @@ from importlib import resources
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
+from pydantic_core import to_jsonable_python
 
 from mara_rl.agent import Rule
 from mara_rl.errors import ConfigError, first_problem
 from mara_rl.policy_llm import SMOLLM2, DType
-from mara_rl.yaml_settings import NAME_PATTERN, Section, names_in, preset_or_file, read_settings
+from mara_rl.yaml_settings import NAME_PATTERN, Section, override, preset_or_file, read_settings
 from services.prompt_files import PACKAGED
 
 AXES = ("reward", "cost")
@@ -213,8 +214,9 @@ class EvaluationPlan(Section):
                 raise ValueError(
                     f"methods.{name}.of: {method.of!r}; expected one of {', '.join(able) or 'none'}"
                 )
-            if isinstance(method, BestOfMethod):
-                answers = getattr(source, "replicates", 1)
+            # How many answers a file has is known when it is read.
+            if isinstance(method, BestOfMethod) and not isinstance(source, AnswersMethod):
+                answers = source.replicates
                 if answers < method.n:
                     raise ValueError(
                         f"methods.{name}.n: {method.n}, but {method.of!r} has {answers} answers to "
@@ -248,15 +250,17 @@ def is_url(score_service: str) -> bool:
     return score_service.startswith(("http://", "https://"))
 
 
-def preset_names() -> list[str]:
-    """The plans the package ships."""
-    return names_in(PRESETS)
-
-
 def read_plan(name_or_path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
-    """A preset or YAML file, or nothing, with overrides; not yet checked. Raises ConfigError."""
+    """A preset or YAML file, or nothing, with overrides; not yet checked. Raises ConfigError.
+
+    Judges and weights have their defaults before overrides change single keys of them.
+    """
     text = "{}" if name_or_path is None else preset_or_file("plan", name_or_path, PRESETS)
-    return read_settings(text, f"plan {name_or_path!r}", overrides)
+    values = read_settings(text, f"plan {name_or_path!r}")
+    for name in ("judges", "weights"):
+        values.setdefault(name, to_jsonable_python(EvaluationPlan.model_fields[name].default))
+    override(values, overrides)
+    return values
 
 
 def checked_plan(values: Mapping[str, Any], name: str = "plan") -> EvaluationPlan:

@@ -119,11 +119,11 @@ def _records(name: str, split: Literal["train", "heldout"]) -> list[PromptRecord
 
 
 def _labels(value: object) -> list[str]:
-    """A field's labels: its own text, those of a list, or the keys of a mapping that are true."""
+    """A field's labels: its text, those of a list (each once), or true keys of a mapping."""
     if value is None or value == "":
         return []
     if isinstance(value, dict):
         return [str(key) for key, holds in value.items() if holds]
     if isinstance(value, list):
-        return [str(part) for part in value]
+        return list(dict.fromkeys(str(part) for part in value))
     return [str(value)]

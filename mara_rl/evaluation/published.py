@@ -33,9 +33,9 @@ def published_beside(
     """One row for every comparison of the plan that the paper has a figure of.
 
     An agent as trained against its LLM alone and greedy (the one it was trained on: table 1;
-    another: table 3), and against methods named ``rlhf``, ``dpo`` and ``aligner`` (table 2), by the
-    first judge that has the paper's two score models. ``figures`` is what `summary` gave. Nothing
-    where the paper has no figure for the LLM.
+    another: table 3), and on the one it was trained on against methods named ``rlhf``, ``dpo`` and
+    ``aligner`` (table 2), by the first judge that has the paper's two score models. ``figures`` is
+    what `summary` gave. Nothing where the paper has no figure for the LLM.
     """
     facts, prompt_set = _facts(), published_set(plan)
     judge = next((n for n, j in plan.judges.items() if _judges_as_published(j, facts)), None)
@@ -47,13 +47,13 @@ def published_beside(
         if not isinstance(method, AgentMethod) or not method.as_trained:
             continue
         llm, own = (_slug(text) for text in (plan.llm_of(method), agents[name].spec.llm))
+        transferred = bool(own) and own != llm
+        unsaid = "" if own else ", if it was trained on this LLM, which it does not say"
         for other in figures["pairwise"][judge][name]:
             if other in ("rlhf", "dpo", "aligner"):
-                table, where = facts[other], "table 2"
+                table, where = ({} if transferred else facts[other]), f"table 2{unsaid}"
             elif _is_alone(plan, other, plan.llm_of(method)):
-                transferred = bool(own) and own != llm
                 table = facts["transfer"].get(own, {}) if transferred else facts["base"]
-                unsaid = "" if own else ", if it was trained on this LLM, which it does not say"
                 where = "table 3" if transferred else f"table 1{unsaid}"
             else:
                 continue

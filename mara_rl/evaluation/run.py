@@ -2,7 +2,7 @@
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +15,7 @@ from mara_rl.agent import Agent
 from mara_rl.agent_files import agent_sha256
 from mara_rl.atomic_write import write_atomically
 from mara_rl.display import Display
-from mara_rl.errors import MaraError
+from mara_rl.errors import ConfigError, MaraError
 from mara_rl.evaluation.answers import read_foreign_answers, write_answers
 from mara_rl.evaluation.examples import chosen_examples
 from mara_rl.evaluation.figures import best_of_groups
@@ -81,10 +81,14 @@ def evaluate(
             for name, method in plan.methods.items()
             if isinstance(method, AnswersMethod)
         }
+        _check_pools(plan, given)
         inputs = plan_inputs(plan, prompts, agents)  # takes a while: an LLM is read for it
         stack.enter_context(opened(folder))
         if claim(folder, inputs):
             display.line(f"going on in {folder}")
+        for name, table in given.items():
+            write_answers(folder / ANSWERS / f"{name}.jsonl", table)
+        stack.enter_context(_told_how_to_go_on(folder, display))
         display.line(_about(prompts))
         tables = Generation(plan, prompts, agents, folder / ANSWERS, display).run(given)
         cache = stack.enter_context(ScoreCache(mara_home() / "cache" / "scores.sqlite"))
@@ -117,6 +121,27 @@ def evaluate(
         write_atomically(folder / SUMMARY, text + "\n")
         write_report(folder / REPORT, figures, judged)
     return Evaluation(plan, folder, judged, figures)
+
+
+@contextlib.contextmanager
+def _told_how_to_go_on(folder: Path, display: Display) -> Iterator[None]:
+    try:
+        yield
+    except (Exception, KeyboardInterrupt):
+        display.line(f"stopped: the same command with --out {folder} goes on from here")
+        raise
+
+
+def _check_pools(plan: EvaluationPlan, given: Mapping[str, Table]) -> None:
+    """Refuse to choose among more answers than a file has; of other methods the plan says it."""
+    for name, method in plan.methods.items():
+        if isinstance(method, BestOfMethod) and method.of in given:
+            answers = len(given[method.of][0])
+            if answers < method.n:
+                raise ConfigError(
+                    f"methods.{name}.n: {method.n}, but the file of {method.of!r} has {answers} "
+                    "answers to each prompt"
+                )
 
 
 def _about(prompts: PromptSet) -> str:

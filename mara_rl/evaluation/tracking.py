@@ -19,7 +19,8 @@ def track(evaluation: Evaluation, uri: str) -> list[str]:
 
     A version's tags get the figures under every judge and, as what `promote` goes by, its net rate
     under the first one: against the champion where that is among the methods, else against the
-    LLM alone where that is the baseline. Returns one line for each thing done.
+    LLM alone where that is the baseline. They replace those of an earlier evaluation. Returns one
+    line for each thing done.
 
     Raises RetryableError when the server is away.
     """
@@ -35,7 +36,8 @@ def track(evaluation: Evaluation, uri: str) -> list[str]:
         for method, version in versions.items():
             tags = _tags(figures, method) | {"evaluation.run": run.run_id}
             evidence = _evidence(plan, figures, method, versions, registry)
-            registry.tag(version.name, version.version, tags | (evidence or {}))
+            tags |= evidence.tags() if evidence else {}
+            registry.tag(version.name, version.version, tags, instead_of="evaluation.")
             lines.append(f"tagged {version.name} version {version.version} with {method}'s figures")
     return lines
 
@@ -61,7 +63,8 @@ def _evidence(
     method: str,
     versions: Mapping[str, AgentVersion],
     registry: AgentRegistry,
-) -> dict[str, str] | None:
+) -> PromotionEvidence | None:
+    """What promotion goes by; None where nothing is said for or against what it went by before."""
     version, judge = versions[method], next(iter(plan.judges))
     flaw = figures["methods"][method]["flag"] or _leak(figures["prompts"])
     champion = registry.champion(version.name)
@@ -70,13 +73,13 @@ def _evidence(
             rate = rate_of(figures["pairwise"][judge][method][other])
             return PromotionEvidence.from_rate(
                 rate, against="champion", champion_version=champion, flaw=flaw
-            ).tags()
+            )
     baseline = plan.methods[plan.baseline_name]
     alone = isinstance(baseline, BaseMethod) and baseline.llm is None and not baseline.samples
-    if not alone:
-        return None
-    rate = rate_of(figures["pairwise"][judge][method][plan.baseline_name])
-    return PromotionEvidence.from_rate(rate, against="base", flaw=flaw).tags()
+    if alone:
+        rate = rate_of(figures["pairwise"][judge][method][plan.baseline_name])
+        return PromotionEvidence.from_rate(rate, against="base", flaw=flaw)
+    return PromotionEvidence(against="base", flaw=flaw) if flaw else None
 
 
 def _leak(prompts: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 CANDIDATE = "candidate"
 CHAMPION = "champion"
 _VERSION_REF = r"models:/([^/@]+)(?:@([\w-]+)|/(\d+))"
+_LOGGED_REF = r"models:/(m-\w+)"  # a model as a run logged it, registered or not
 _KIND = ("kind", "mara-agent")  # tells agents from other models of a shared registry
 
 
@@ -71,11 +72,11 @@ class AgentRegistry:
         """Register what `TrackingRun.log_agent` returned; the new version, now ``candidate``."""
         from mlflow.exceptions import MlflowException
 
-        model_id = model_uri.removeprefix("models:/")
-        if model_id == model_uri or not re.fullmatch(r"m-\w+", model_id):
+        found = re.fullmatch(_LOGGED_REF, model_uri)
+        if not found:
             raise DataError(f"model URI {model_uri!r}; expected models:/m-…, as log_agent gives it")
         with mlflow_calls(self.uri):
-            logged = self._client.get_logged_model(model_id)
+            logged = self._client.get_logged_model(found[1])
             try:
                 self._client.create_registered_model(model_name)
             except MlflowException as error:
@@ -87,7 +88,7 @@ class AgentRegistry:
                 logged.artifact_location,
                 run_id=logged.source_run_id,
                 tags=dict(tags),
-                model_id=model_id,
+                model_id=found[1],
             )
             self._client.set_registered_model_alias(model_name, CANDIDATE, created.version)
         return int(created.version)
@@ -187,8 +188,8 @@ class AgentRegistry:
         """Make ``version`` champion if ``evidence`` suffices (see `refusal`), or by force.
 
         The evidence becomes tags of the version, whatever the outcome. ``force_reason`` skips the
-        gate, e.g. to roll back; it is kept in the tag ``forced``. Raises ConfigError when it is
-        empty.
+        gate, e.g. to roll back; it is kept in the tag ``forced``, which is empty where evidence
+        sufficed. Raises ConfigError when the reason is empty.
         """
         if force_reason is not None and not force_reason.strip():
             raise ConfigError("reason is empty; expected why the gate is to be skipped")
@@ -204,17 +205,21 @@ class AgentRegistry:
                 return PromotionResult(False, line)
             now = datetime.now(UTC).isoformat(timespec="seconds")
             tags = {"promoted_at": now, "promoted_over": str(champion or "")}
-            if force_reason is not None:
-                tags["forced"] = force_reason.strip()
-            self._tag(name, version, tags)
+            self._tag(name, version, tags | {"forced": (force_reason or "").strip()})
             self._client.set_registered_model_alias(name, CHAMPION, str(version))
         before = f", before it version {champion}" if champion else ""
         forced = f" (forced: {force_reason.strip()})" if force_reason else ""
         return PromotionResult(True, f"{name} version {version} is champion{before}{forced}")
 
-    def tag(self, name: str, version: int, tags: Mapping[str, str]) -> None:
-        """Set tags of a version."""
+    def tag(
+        self, name: str, version: int, tags: Mapping[str, str], *, instead_of: str | None = None
+    ) -> None:
+        """Set tags of a version; those that begin with ``instead_of`` and are not set now go."""
         with mlflow_calls(self.uri):
+            if instead_of is not None:
+                for key in self._client.get_model_version(name, str(version)).tags:
+                    if key.startswith(instead_of) and key not in tags:
+                        self._client.delete_model_version_tag(name, str(version), key)
             self._tag(name, version, tags)
 
     def _tag(self, name: str, version: int, tags: Mapping[str, str]) -> None:
@@ -237,11 +242,11 @@ class AgentRegistry:
     def _location(self, ref: str) -> str:
         """The URI of the folder ``ref`` names. MLflow's own resolution of these URIs asks the
         process-wide tracking URI, which need not be ours."""
-        if ref.startswith("models:/m-") and "/" not in ref.removeprefix("models:/"):
-            return self._client.get_logged_model(ref.removeprefix("models:/")).artifact_location
+        if found := re.fullmatch(_LOGGED_REF, ref):
+            return self._client.get_logged_model(found[1]).artifact_location
         if ref.startswith("models:/"):
-            found = self._find(ref)
-            return self._client.get_model_version_download_uri(found.name, found.version)
+            version = self._find(ref)
+            return self._client.get_model_version_download_uri(version.name, version.version)
         run_id, _, path = ref.removeprefix("runs:/").partition("/")
         if not run_id or not path:
             raise DataError(f"agent {ref!r}: expected runs:/<run id>/<path>")

@@ -71,6 +71,22 @@ def test_promotion_refusal_and_force_in_turn():
     assert "tag forced\ta demonstration\n" in run("show", f"models:/{NAME}@champion")
 
 
+def test_a_spoilt_tag_stops_promotion_but_not_by_force(home):
+    registry = AgentRegistry(tracking_uri(allow_local=True))
+    spec = AgentSpec(hidden_size=4, head="anchored", llm="some/llm")
+    save_agent(Agent(spec), home / "spoilt")
+    with TrackingRun.start(registry.uri, "cli", "spoilt", {}) as logged:
+        uri = logged.log_agent(home / "spoilt")
+    registry.register("mara-spoilt", uri, {"preference.n": "many"})
+    with pytest.raises(DataError, match=r"tag preference\.n: "):
+        run("promote", "mara-spoilt", "--version", "1")
+    forced = run("promote", "mara-spoilt", "--version", "1", "--force", "--reason", "known")
+    assert forced == "mara-spoilt version 1 is champion (forced: known)\n"
+    assert "hidden_size\t4\n" in run("show", uri), "as a run logged it"
+    registry.tag("mara-spoilt", 1, PromotionEvidence(against="base", flaw="leaked").tags())
+    assert run("show", "mara-spoilt").split("\t")[2] == "–"
+
+
 def test_show_of_one_agent(home):
     for ref in (f"models:/{NAME}/1", str(home / "agent-1")):
         fields = dict(line.split("\t") for line in run("show", ref).splitlines())

@@ -88,6 +88,61 @@ def test_a_wrong_input_does_not_bind_the_folder(evaluate, made, tmp_path):
         assert evaluate(*arguments)[0] == status
     scored = read_rows(tmp_path / "out" / "scores.jsonl")
     assert len([row for row in scored if row["method"] == "elsewhere"]) == N
+    kept = read_rows(tmp_path / "out" / "answers" / "elsewhere.jsonl")
+    assert kept == [{"id": f"p{i}", "replicate": 0, "text": f"y {i}"} for i in range(N)]
+
+
+def test_the_best_of_answers_made_elsewhere(evaluate, made, tmp_path):
+    file, out = tmp_path / "elsewhere.jsonl", tmp_path / "out"
+    write_rows(file, [*answered("x"), *answered("y")])
+
+    def best_of(n: int) -> tuple[int, str, str]:
+        best = f"methods.best={{kind: best_of, n: {n}, of: elsewhere}}"
+        answers = ("--answers", f"elsewhere={file}", "--set", best)
+        return evaluate(*base_alone(made), *answers, "--out", out)
+
+    status, _, err = best_of(2)
+    assert status == 0, err
+    chosen = read_rows(out / "answers" / "best.jsonl")
+    assert all(row["text"] in (f"x {i}", f"y {i}") for i, row in enumerate(chosen))
+    status, _, err = best_of(3)
+    assert (status, "methods.best.n: 3, but the file of 'elsewhere' has 2" in err) == (1, True), err
+
+
+def test_a_larger_best_of_is_added_and_a_smaller_one_looked_at(evaluate, made, tmp_path):
+    out = tmp_path / "out"
+
+    def best_of(n: int) -> tuple[list[dict], list[dict], dict]:
+        """Samples on file and scored, and the figures of the methods."""
+        arguments = [*base_alone(made)[:-2], "--methods", f"base,best-of-{n}", "--out", out]
+        status, _, err = evaluate(*arguments)
+        assert status == 0, err
+        scored = [r for r in read_rows(out / "scores.jsonl") if r["method"] == "sampled"]
+        summary = json.loads((out / "summary.json").read_text())
+        return read_rows(out / "answers" / "sampled.jsonl"), scored, summary["methods"]
+
+    two, scored_two, figures_two = best_of(2)
+    four, scored_four, figures_four = best_of(4)
+    assert (len(two), len(scored_two), len(scored_four)) == (2 * N, 2 * N, 4 * N)
+    assert four[: 2 * N] == two
+    assert figures_four["sampled"]["replicates"] == 4
+    again, scored_again, figures_again = best_of(2)
+    assert (again, scored_again) == (four, scored_two)
+    for name, found in figures_two.items():
+        assert figures_again[name]["judges"] == found["judges"]
+        assert figures_again[name]["decoding"] == found["decoding"]
+
+
+def test_the_same_files_may_be_named_otherwise(evaluate, made, tmp_path, monkeypatch):
+    file, out = tmp_path / "x.jsonl", tmp_path / "out"
+    write_rows(file, answered("x"))
+    arguments = [*common(made), "--llm", made["llm"], "--methods", "base,agent", "--out", out]
+    assert evaluate(*arguments, "--answers", f"x={file}")[0] == 0
+    monkeypatch.chdir(made["root"])
+    moved = ["--prompts", "prompts.jsonl", "--agent", "./agent", *arguments[4:]]
+    status, text, err = evaluate(*moved, "--answers", f"x={os.path.relpath(file)}")
+    assert status == 0, err
+    assert "answers of" not in text
 
 
 def test_rewritten_answers_are_those_of_their_source(evaluate, made, tmp_path):

@@ -11,6 +11,7 @@ from evaluate_command import N, common
 from mara_rl.cli import app
 from mara_rl.errors import RetryableError
 from mara_rl.evaluation import run as evaluation_run
+from mara_rl.tracking.promotion import PromotionEvidence, refusal
 from mara_rl.tracking.registry import AgentRegistry
 from mara_rl.tracking.run import TrackingRun
 from mara_rl.tracking.store import tracking_uri
@@ -84,6 +85,36 @@ def test_figures_become_tags_that_promotion_goes_by(evaluate, made, store, tmp_p
     assert status == 0, err
     flaw = registry.find("models:/mara-tiny/3").tags["preference.flaw"]
     assert flaw == f"{N} of {N} prompts were seen in training (--drop-seen)"
+
+
+def test_figures_of_two_evaluations_are_not_mixed(evaluate, made, store, tmp_path):
+    registry = AgentRegistry(store)
+    with TrackingRun.start(store, "tests", "run", {}) as run:
+        registry.register("mara-tiny", run.log_agent(Path(made["agent"])), {})
+    ref, agent = "models:/mara-tiny/1", ("--agent", "models:/mara-tiny/1", "--track")
+
+    def tags(*arguments: str) -> dict[str, str]:
+        status, _, err = evaluate(*arguments, *agent, "--out", tmp_path / "out")
+        assert status == 0, err
+        return registry.find(ref).tags
+
+    others = common(made)[2:]
+    first = tags(*others, "--methods", "base,agent")
+    assert {"evaluation.tiny.both", "preference.rate"} <= first.keys()
+    at = others.index("--judge")
+    judge = ["--judge", f"other={made['reward']},{made['cost']}"]
+    others = [*others[:at], *judge, *others[at + 2 :]]
+    # Against answers that are sampled there is no evidence, but a flaw counts all the same.
+    second = tags(*others, "--methods", "sampled,agent")
+    assert "evaluation.other.both" in second
+    assert "evaluation.tiny.both" not in second
+    assert second["preference.rate"] == first["preference.rate"]
+    third = tags(
+        *others, "--methods", "sampled,agent", "--set", f"training_prompts={made['prompts']}"
+    )
+    reason = f"{N} of {N} prompts were seen in training (--drop-seen)"
+    assert refusal(PromotionEvidence.from_tags(third), None) == reason
+    assert third["preference.rate"] == "nan", "none of another evaluation"
 
 
 def test_the_version_that_was_evaluated_gets_the_figures(

@@ -118,6 +118,25 @@ def test_files_that_other_programs_wrote(tmp_path):
 
 
 @pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("each", [1, 2])
+def test_a_prompt_file_that_holds_everything_twice(tmp_path, named, each):
+    """An answer to each line is one to each prompt, not two."""
+    texts = ["One?", "Two?"] * 2
+    records = [PromptRecord(f"{i % 2}{i // 2 if named else ''}", t) for i, t in enumerate(texts)]
+    prompts = PromptSet(records[:2], 2, [], False, records)
+    answers = [{"answer": f"{i} {part}"} for i in range(4) for part in range(each)]
+    by_text = [{"prompt": texts[int(a["answer"][0])]} | a for a in answers]
+    by_id = [{"id": records[int(a["answer"][0])].prompt_id} | a for a in answers]
+    for rows in (by_text, by_id):
+        table = read_foreign_answers(foreign(tmp_path, rows), prompts)
+        assert [[a.text for a in row] for row in table] == [
+            [f"{i} {part}" for part in range(each)] for i in range(2)
+        ]
+    once = read_foreign_answers(foreign(tmp_path, by_text[: 2 * each]), prompts)
+    assert [len(row) for row in once] == [1, 1]
+
+
+@pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("change", [{}, {"max_prompts": 2}, {"drop_seen": True}])
 def test_answers_to_prompts_that_were_left_out_are_passed_over(tmp_path, change, named):
     """A file has an answer to every line of the prompt file, duplicates and all."""

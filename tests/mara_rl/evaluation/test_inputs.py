@@ -10,8 +10,8 @@ from mara_rl.evaluation.answers import Answer, AnswerFile
 from mara_rl.evaluation.inputs import claim, opened
 
 
-def inputs(*, device: str = "cuda", **change: Any) -> dict[str, Any]:
-    method = {"kind": "base", "replicates": 2, "dtype": "bfloat16", "device": device}
+def inputs(*, device: str = "cuda", replicates: int = 2, **change: Any) -> dict[str, Any]:
+    method = {"kind": "base", "replicates": replicates, "dtype": "bfloat16", "device": device}
     return {"llm": "a", "prompts": {"n": 2}, "methods": {"m": method}} | change
 
 
@@ -42,6 +42,68 @@ def test_how_answers_are_decoded_counts_while_some_are_missing(tmp_path):
         assert kept["methods"]["m"]["device"] == "cuda", "which made them"
         with pytest.raises(ConfigError, match="holds an evaluation with llm: 'a', not 'b'"):
             claim(tmp_path, inputs(llm="b"))
+
+
+def test_more_answers_to_a_prompt_may_be_added_and_fewer_looked_at(tmp_path):
+    """Each has a seed of its own; how it is decoded counts while one of those asked for lacks."""
+    with opened(tmp_path):
+        claim(tmp_path, inputs(replicates=4))
+        answered(tmp_path, 3)  # both to p0, the first to p1
+        assert claim(tmp_path, inputs(replicates=3))
+        assert claim(tmp_path, inputs(replicates=1, device="cpu"))
+        for fewer in (2, 3):
+            with pytest.raises(ConfigError, match=r"methods\.m\.device: 'cuda', not 'cpu'"):
+                claim(tmp_path, inputs(replicates=fewer, device="cpu"))
+
+
+def test_surplus_answers_do_not_stand_for_those_that_lack(tmp_path):
+    with opened(tmp_path):
+        claim(tmp_path, inputs(replicates=2))
+        with AnswerFile(tmp_path / "answers" / "m.jsonl") as file:
+            for replicate in (0, 1):  # as many as there are prompts, all to one
+                file.append(Answer(id="p0", replicate=replicate, text="x"))
+        with pytest.raises(ConfigError, match=r"methods\.m\.device"):
+            claim(tmp_path, inputs(replicates=1, device="cpu"))
+
+
+@pytest.mark.parametrize(
+    ("name", "check"),
+    [("llm", "llm_sha256"), ("agent", "agent_sha256"), ("file", "sha256")],
+)
+def test_the_same_content_may_be_named_otherwise(tmp_path, name, check):
+    def of(path: str, sha256: str) -> dict[str, Any]:
+        return {"llm": "a", "prompts": {"n": 2}, "methods": {"m": {name: path, check: sha256}}}
+
+    with opened(tmp_path):
+        claim(tmp_path, of("./x", "1"))
+        answered(tmp_path, 1)
+        assert claim(tmp_path, of("/here/x", "1"))
+        with pytest.raises(ConfigError, match=rf"methods\.m\.{check}: '1', not '2'"):
+            claim(tmp_path, of("/here/x", "2"))
+        with pytest.raises(ConfigError, match=rf"methods\.m\.{name}: '/here/x', not 'x/y'"):
+            claim(tmp_path, of("x/y", ""))  # of a hub: known by its name alone
+
+
+def test_prompts_are_known_by_their_checksum(tmp_path):
+    with opened(tmp_path):
+        claim(tmp_path, inputs(prompts={"source": "./x", "n": 2, "checksum": "1"}))
+        answered(tmp_path, 1)
+        assert claim(tmp_path, inputs(prompts={"source": "x", "n": 2, "checksum": "1"}))
+        with pytest.raises(ConfigError, match=r"prompts\.source: 'x', not 'y'"):
+            claim(tmp_path, inputs(prompts={"source": "y", "n": 2, "checksum": "2"}))
+
+
+def test_answers_made_elsewhere_bind_nothing_but_their_name(tmp_path):
+    def of(kind: str, **change: Any) -> dict[str, Any]:
+        return inputs(methods={"m": {"kind": kind, "file": "x", "sha256": "1"} | change})
+
+    with opened(tmp_path):
+        claim(tmp_path, of("answers"))
+        answered(tmp_path, 4)
+        assert not claim(tmp_path, of("answers", sha256="2") | {"llm": "b"})
+        assert not claim(tmp_path, inputs(methods={}))
+        with pytest.raises(ConfigError, match=r"methods\.m\.kind: 'answers', not 'base'"):
+            claim(tmp_path, of("base"))
 
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"a": 1}'])

@@ -8,7 +8,6 @@ from mara_rl.evaluation.plan import (
     ALIGNER_TEMPLATE,
     RewriteMethod,
     checked_plan,
-    preset_names,
     read_plan,
 )
 from mara_rl.evaluation.published import published_set
@@ -102,7 +101,6 @@ def test_a_key_that_stands_twice_is_refused(tmp_path):
 
 
 def test_overrides_and_presets():
-    assert preset_names() == ["paper-protocol", "quickstart"]
     values = read_plan(
         "paper-protocol",
         ["llm=mistralai/Mistral-7B-Instruct-v0.3", "prompts=x/safe_rlhf_test.json"],
@@ -115,6 +113,16 @@ def test_overrides_and_presets():
         published_set(plan.model_copy(update={"published": "Safe"}))
     with pytest.raises(ConfigError, match="neither a preset"):
         read_plan("paper", [])
+
+
+def test_single_keys_of_what_has_a_default():
+    overrides = ["judges.training.safe_below=1", "weights.cost=-2", "methods.base.kind=base"]
+    plan = checked_plan(read_plan(None, overrides))
+    default = checked_plan(read_plan(None, ["methods.base.kind=base"]))
+    assert default == checked_plan({"methods": {"base": {"kind": "base"}}})
+    training = default.judges["training"].model_copy(update={"safe_below": 1.0})
+    assert plan.judges == default.judges | {"training": training}
+    assert plan.weights == {"reward": 1.0, "cost": -2.0}
 
 
 def test_the_quickstart_preset_measures_what_the_quickstart_does():

@@ -197,6 +197,30 @@ def test_force_rolls_back_and_keeps_the_reason(uri, name, make_agent):
     tags = registry.find(f"models:/{name}/1").tags
     assert tags["forced"] == "version 2 refuses too much"
     assert PromotionEvidence.from_tags(tags) == evidence(60, 20)
+    registry.promote(name, 2, evidence=evidence(60, 20, champion=1))
+    assert registry.promote(name, 1, evidence=evidence(60, 20, champion=2)).promoted
+    assert registry.find(f"models:/{name}/1").tags["forced"] == "", "not any more"
+
+
+def test_tags_replace_those_of_the_same_kind(uri, name, make_agent):
+    log_and_register(uri, name, make_agent())
+    registry = AgentRegistry(uri)
+    registry.tag(name, 1, {"figures.a": "1", "figures.b": "2", "other": "3"})
+    registry.tag(name, 1, {"figures.a": "4"}, instead_of="figures.")
+    tags = registry.find(f"models:/{name}/1").tags
+    assert (tags["figures.a"], tags["other"], "figures.b" in tags) == ("4", "3", False)
+
+
+def test_a_registered_name_may_look_like_that_of_a_logged_model(uri, name, make_agent):
+    folder = make_agent()
+    with TrackingRun.start(uri, "registry", "run", {}) as run:
+        logged = run.log_agent(folder)
+    registry = AgentRegistry(uri)
+    registry.register(f"m-{name}", logged, {})
+    for ref in (f"models:/m-{name}@candidate", f"models:/m-{name}/1", logged):
+        assert same(registry.resolve(ref), folder)
+    with pytest.raises(DataError, match="expected models:/name@alias or models:/name/version"):
+        registry.resolve(f"models:/m-{name}")
 
 
 def test_an_unknown_version_is_not_promoted(sqlite_uri, name, make_agent):
