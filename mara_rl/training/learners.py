@@ -37,8 +37,11 @@ class Learners:
         self._display = display
 
     @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        """For a block that calls the learners: LostPart when one of them dies or hangs in it."""
+    def watched(self, others_s: float = 0.0) -> Iterator[None]:
+        """For a block that calls the learners: LostPart when one of them dies or hangs in it.
+
+        They have ``learner.update_timeout_s``, and ``others_s`` for what else the block waits for.
+        """
         update_timeout_s = self._config.learner.update_timeout_s
 
         def kill() -> None:
@@ -49,9 +52,7 @@ class Learners:
             for actor in self._group._worker_manager.actors().values():
                 kill_process(actor)
 
-        # Before an update, actors may take twice this: to get ready, and to sample.
-        limit_s = update_timeout_s + 2 * self._config.rollouts.sample_timeout_s
-        timer = threading.Timer(limit_s, kill)
+        timer = threading.Timer(update_timeout_s + others_s, kill)
         timer.daemon = True
         self._check_healthy()
         if len(self._group):  # else the learner is in this process
@@ -118,11 +119,12 @@ class Learners:
             return self._group.get_weights(module_ids=[MODULE_ID])[MODULE_ID]
 
     def _sync(self) -> None:
-        with self.watched():
+        actors_s = self._config.rollouts.sample_timeout_s
+        with self.watched(actors_s):
             self._algorithm.env_runner_group.sync_weights(
                 from_worker_or_learner_group=self._group,
                 policies=[MODULE_ID],
-                timeout_seconds=self._algorithm.config.sample_timeout_s,
+                timeout_seconds=actors_s,
                 inference_only=True,
             )
 

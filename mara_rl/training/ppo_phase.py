@@ -163,8 +163,10 @@ class PPOPhase:
 
     def _iterate(self) -> dict[str, float] | None:
         """One iteration's metrics; None when it brought no update."""
+        # Before the update actors may take this twice: to get ready, and to sample.
+        actors_s = 2 * self._config.rollouts.sample_timeout_s
         try:
-            with self._learners.watched():  # of runners RLlib raises nothing
+            with self._learners.watched(actors_s):  # of actors RLlib raises nothing
                 result = self._algorithm.train()
             figures = self._figures(result)
         except LostPart:

@@ -123,6 +123,7 @@ class Chaos:
     def close(self) -> None:
         for run in self.runs:
             run.stop()
+        self.log.close()
         self.redis.kill()
 
 

@@ -19,11 +19,12 @@ class DeliveryLog:
         self._url = url
         self._recorded: set[str] = set()
         self._ready = threading.Event()
+        self._closed = threading.Event()
         threading.Thread(target=self._follow, daemon=True).start()
         assert self._ready.wait(20)
 
     def _follow(self) -> None:
-        while True:
+        while not self._closed.is_set():
             client = redis.Redis.from_url(self._url, socket_connect_timeout=5)
             try:
                 with client.monitor() as monitor:
@@ -38,6 +39,10 @@ class DeliveryLog:
                             self.tickets[rest.rpartition(" ")[0].strip('"')] += 1
             except redis.RedisError:
                 time.sleep(0.02)
+
+    def close(self) -> None:
+        """Follow the server no further than to its end."""
+        self._closed.set()
 
     def lost(self, prompt_ids: set[str], epoch: int = 0) -> set[str]:
         """Those of an epoch that have not reached the learner."""

@@ -157,6 +157,8 @@ def ray_node(
     command = _of_this_environment(shlex.split(line.replace("$RAY_HEAD_IP:6379", gcs)))
     command += ["--block", *_node_options(ip, num_cpus), f'--resources={{"{resource}": 1}}']
     with process(command, log, environment) as node:
+        # Two that start at once on one machine are in each other's way.
+        await_ready(lambda: b"Ray runtime started" in log.read_bytes(), node, log)
         yield node
 
 

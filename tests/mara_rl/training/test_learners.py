@@ -53,9 +53,7 @@ def group(cluster: None) -> Iterator[Any]:
 
 def learners_of(group: Any, *overrides: str, out: io.StringIO | None = None) -> Learners:
     runners = SimpleNamespace(sync_weights=lambda **options: group.get_weights())
-    algorithm = SimpleNamespace(
-        learner_group=group, env_runner_group=runners, config=SimpleNamespace(sample_timeout_s=1)
-    )
+    algorithm = SimpleNamespace(learner_group=group, env_runner_group=runners)
     display = Display(Console(file=out or io.StringIO()))
     return Learners(algorithm, SPEC, load_config("quickstart", list(overrides)), display)
 
@@ -98,11 +96,11 @@ def test_a_learner_that_dies_as_its_state_is_handled(group: Any, first: str) -> 
 
 def test_a_learner_that_hangs_is_killed(group: Any) -> None:
     out = io.StringIO()
-    times = ("learner.update_timeout_s=1", "rollouts.sample_timeout_s=1")
-    learners = learners_of(group, "learner.num_learners=1", *times, out=out)
+    times = ("learner.update_timeout_s=1", "learner.num_learners=1")
+    learners = learners_of(group, *times, out=out)
     send(group, signal.SIGSTOP)
     begun_s = time.monotonic()
     with pytest.raises(LostPart):
         learners.check()
-    assert time.monotonic() - begun_s >= 3
+    assert 1 <= time.monotonic() - begun_s < 60
     assert "no answer from the learner within 1 s (learner.update_timeout_s)" in out.getvalue()

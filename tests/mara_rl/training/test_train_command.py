@@ -5,14 +5,13 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 from tiny_checkpoints import BeaverFolder
+from training_runs import COMMAND
 
 from mara_rl.training.config import load_config
 from mara_rl.training.run_folder import RunFolder, RunOutcome
@@ -68,17 +67,22 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_llms: dict[str, Path])
     return path
 
 
+@pytest.fixture(autouse=True)
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_ADDRESS", "MARA_REDIS_URL", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MARA_HOME", str(tmp_path / "home"))
-    for name in ("RAY_ADDRESS", "MARA_REDIS_URL", "MLFLOW_TRACKING_URI"):
-        monkeypatch.delenv(name, raising=False)
     return tmp_path / "home"
 
 
 def mara_rl(*arguments: str, timeout_s: float = 400) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from mara_rl.cli.app import main; main()", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+    return subprocess.run(
+        [*COMMAND, *arguments], capture_output=True, text=True, timeout=timeout_s, check=False
+    )
 
 
 def test_a_run_trains_compares_registers_and_resumes(config: Path, home: Path) -> None:
@@ -147,39 +151,44 @@ def test_a_run_by_name_is_left_alone_once_done_and_by_another_config(home: Path)
     assert "done before: models:/mara-x/1" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("send", "signum", "status"),
-    [
+def test_signals_to_stop_save_and_the_run_resumes(config: Path, home: Path) -> None:
+    checkpoints = home / "tiny-1" / "checkpoints"
+
+    def newest() -> int:
+        return max((int(path.name[:6]) for path in checkpoints.glob("[0-9]*")), default=0)
+
+    arguments = [str(config), "--set", "ppo.iterations=500", "--set", "evaluation=null"]
+    arguments += ["--set", "prompts.queue=of-the-user"]
+    for send, signum, status in (
         (os.killpg, signal.SIGINT, 130),  # as a terminal does: to the whole process group
         (os.kill, signal.SIGTERM, 143),  # as what runs a service does
-    ],
-)
-def test_a_signal_to_stop_saves_and_the_run_resumes(
-    config: Path, home: Path, send: Callable[[int, int], None], signum: int, status: int
-) -> None:
-    command = [sys.executable, "-c", "from mara_rl.cli.app import main; main()"]
-    command += ["train", str(config), "--set", "ppo.iterations=500", "--set", "evaluation=null"]
-    command += ["--set", "prompts.queue=of-the-user"]
-    running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    checkpoints = home / "tiny-1" / "checkpoints"
-    deadline = time.monotonic() + 300
-    while not list(checkpoints.glob("00000[2-9]")):
-        assert running.poll() is None, "training ended before it could be interrupted"
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    send(running.pid, signum)
-    output, _ = running.communicate(timeout=120)
-    assert running.returncode == status
-    assert "continue with `mara-rl train --resume tiny-1`" in output
-    newest = max(p.name for p in checkpoints.iterdir())
+    ):
+        before = newest()
+        running = subprocess.Popen(
+            [*COMMAND, "train", *arguments],
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        deadline = time.monotonic() + 300
+        while newest() == before or newest() < 2:
+            assert running.poll() is None, "training ended before it could be interrupted"
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        send(running.pid, signum)
+        output, _ = running.communicate(timeout=120)
+        assert running.returncode == status
+        assert "continue with `mara-rl train --resume tiny-1`" in output
+        assert (f"resumed tiny-1 at iteration {before}" in output) is (before > 0)
+        arguments = ["--resume", "tiny-1"]
 
     path = home / "tiny-1" / "config.yaml"
     settings = yaml.safe_load(path.read_text())
-    settings["ppo"]["iterations"] = int(newest) + 1
+    settings["ppo"]["iterations"] = newest() + 1
     path.write_text(yaml.safe_dump(settings))
-    resumed = mara_rl("train", "--resume", "tiny-1")
+    resumed = mara_rl("train", *arguments)
     assert resumed.returncode == 0, resumed.stderr
-    assert f"resumed tiny-1 at iteration {int(newest)}" in resumed.stdout
+    assert f"resumed tiny-1 at iteration {settings['ppo']['iterations'] - 1}" in resumed.stdout
     assert (home / "tiny-1" / "agent" / "agent.safetensors").is_file()
     assert lifetime_of_queues_s() == -1  # the user may have pushed prompts that are nowhere else
 
@@ -216,10 +225,10 @@ def test_a_signal_to_stop_saves_and_the_run_resumes(
     ],
 )
 def test_bad_input_is_named_on_one_line(
-    home: Path, arguments: list[str], status: int, message: str
+    session_home: Path, arguments: list[str], status: int, message: str
 ) -> None:
     done = mara_rl(*arguments)
     assert done.returncode == status
     assert message in done.stderr
     assert "Traceback" not in done.stderr
-    assert not list(home.glob("*/config.yaml")), "a run that never began leaves no folder"
+    assert not list(session_home.glob("*/config.yaml")), "a run that never began leaves no folder"
