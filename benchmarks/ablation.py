@@ -17,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from mara_rl.home import mara_home
+from mara_rl.common.home import mara_home
 
 # Base answers and iterations chosen for about equal token-forwards; the table shows the real ones.
 VARIANTS = {

@@ -22,17 +22,17 @@ from statistics import median
 import torch
 from transformers import AutoModelForCausalLM
 
-from mara_rl.agent import Agent, AgentSpec
-from mara_rl.agent_files import load_agent
-from mara_rl.candidate_walk import ACCEPT, CandidateWalk
+from envs.candidate_walk import ACCEPT, CandidateWalk
+from mara_rl.agents.agent import Agent, AgentSpec
+from mara_rl.agents.agent_files import load_agent
+from mara_rl.common.home import mara_home
 from mara_rl.decoding.blend import Blend
 from mara_rl.decoding.decoder import Decoder
 from mara_rl.decoding.request import DecodeRequest, DecodeSettings
-from mara_rl.home import mara_home
-from mara_rl.packed_linear import pack_linears
-from mara_rl.policy_llm import SMOLLM2, PolicyLLM, load_policy_llm
+from mara_rl.llm.packed_linear import pack_linears
+from mara_rl.llm.policy_llm import SMOLLM2, PolicyLLM, load_policy_llm
+from mara_rl.llm.slot_engine import SlotEngine
 from mara_rl.prompts import packaged_prompts
-from mara_rl.slot_engine import SlotEngine
 
 EXAMINED = 5.4
 PARTS = ("generate", "serial", "worst")

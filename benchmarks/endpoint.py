@@ -18,12 +18,12 @@ import httpx2
 import torch
 from serve_process import serving
 
-from mara_rl.agent import Agent, AgentSpec
-from mara_rl.agent_files import load_agent, save_agent
+from mara_rl.agents.agent import Agent, AgentSpec
+from mara_rl.agents.agent_files import load_agent, save_agent
 from mara_rl.decoding.blend import Blend
 from mara_rl.decoding.decoder import Decoder
 from mara_rl.decoding.request import DecodeRequest, DecodeSettings
-from mara_rl.policy_llm import SMOLLM2, PolicyLLM, load_policy_llm
+from mara_rl.llm.policy_llm import SMOLLM2, PolicyLLM, load_policy_llm
 from mara_rl.prompts import packaged_prompts
 
 

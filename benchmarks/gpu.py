@@ -19,13 +19,13 @@ from decode import aligned, generate
 from rollout import bare_rate, make_env, rollout_rate
 from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
 
-from mara_rl.agent import Agent, AgentSpec
+from mara_rl.agents.agent import Agent, AgentSpec
 from mara_rl.decoding.blend import Blend
 from mara_rl.decoding.decoder import Decoder
 from mara_rl.decoding.request import DecodeSettings
-from mara_rl.policy_llm import PolicyLLM, smollm2_folder
+from mara_rl.llm.policy_llm import PolicyLLM, smollm2_folder
+from mara_rl.llm.slot_engine import SlotEngine
 from mara_rl.prompts import packaged_prompts
-from mara_rl.slot_engine import SlotEngine
 
 
 def random_7b(tokenizer: Path, logit_scale: float) -> PolicyLLM:

@@ -17,9 +17,9 @@ import torch
 from packed_linear import SHAPES, looker, milliseconds
 from torch import Tensor, nn
 
-from mara_rl import slot_engine
-from mara_rl.packed_linear import pack_linears
-from mara_rl.policy_llm import SMOLLM2, DType, PolicyLLM, load_policy_llm
+from mara_rl.llm import slot_engine
+from mara_rl.llm.packed_linear import pack_linears
+from mara_rl.llm.policy_llm import SMOLLM2, DType, PolicyLLM, load_policy_llm
 from mara_rl.prompts import packaged_prompts
 
 

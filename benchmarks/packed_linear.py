@@ -11,9 +11,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from mara_rl.packed_linear import pack_linears
-from mara_rl.policy_llm import SMOLLM2, PolicyLLM, load_policy_llm
-from mara_rl.slot_engine import SlotEngine
+from mara_rl.llm.packed_linear import pack_linears
+from mara_rl.llm.policy_llm import SMOLLM2, PolicyLLM, load_policy_llm
+from mara_rl.llm.slot_engine import SlotEngine
 
 SHAPES = [(1, 1), (1, 6), (16, 1), (96, 1)]  # slots, candidates of each
 PROMPT_TOKENS = 50

@@ -19,10 +19,10 @@ from envs.list_prompt_source import ListPromptSource
 from envs.observation import BASE_LOGIT
 from envs.protocols import Prompt
 from envs.vector_env import TokenAcceptRejectVectorEnv
-from mara_rl.agent import Agent, AgentSpec
-from mara_rl.policy_llm import SMOLLM2, PolicyLLM, load_policy_llm
+from mara_rl.agents.agent import Agent, AgentSpec
+from mara_rl.llm.policy_llm import SMOLLM2, PolicyLLM, load_policy_llm
+from mara_rl.llm.slot_engine import SlotEngine
 from mara_rl.prompts import packaged_prompts
-from mara_rl.slot_engine import SlotEngine
 
 
 class NoScorer:

@@ -29,7 +29,7 @@ import numpy as np
 import yaml
 from ablation import VARIANTS, run
 
-from mara_rl.atomic_write import write_atomically
+from mara_rl.common.atomic_write import write_atomically
 from mara_rl.evaluation.plots import frontier
 
 TRAIN_PROMPTS, TUNE_PROMPTS = 576, 200  # as many as the packaged ones

@@ -15,19 +15,19 @@ import torch
 from rich.console import Console
 
 from envs.in_process_scorer import InProcessScorer
-from mara_rl.agent import Agent
+from mara_rl.agents.agent import Agent
+from mara_rl.common.display import Display
 from mara_rl.decoding.answer import DecodedAnswer
 from mara_rl.decoding.blend import Blend
 from mara_rl.decoding.decoder import Decoder
 from mara_rl.decoding.request import DecodeRequest, DecodeSettings
-from mara_rl.display import Display
 from mara_rl.evaluation.comparison import JudgedAnswers, rates, text_figures
-from mara_rl.policy_llm import llm_hidden_size, load_policy_llm
+from mara_rl.llm.policy_llm import llm_hidden_size, load_policy_llm
 from mara_rl.prompts import PackagedPrompt, packaged_prompts
 from mara_rl.score_models.loading import load_score_model
 from mara_rl.training.base_phase import run_base_phase, score_in_batches
 from mara_rl.training.config import TrainConfig, load_config
-from mara_rl.training.rollout_group import derived_seed
+from mara_rl.training.rllib.rollout_group import derived_seed
 
 KEPT_OUT_FROM = 19  # numbers of training prompts that are measured on
 

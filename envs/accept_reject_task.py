@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from envs.candidate_walk import ACCEPT, CandidateWalk
 from envs.observation import FORCED, StateDType, encode_state
 from envs.protocols import Prompt, PromptSource, Scorer
 from envs.reward import RewardSpec
-from mara_rl.candidate_walk import ACCEPT, CandidateWalk
-from mara_rl.errors import DataError, RetryableError
-from mara_rl.policy_llm import PolicyLLM
-from mara_rl.slot_engine import SlotEngine
+from mara_rl.common.errors import DataError, RetryableError
+from mara_rl.llm.policy_llm import PolicyLLM
+from mara_rl.llm.slot_engine import SlotEngine
 
 MAX_FAILURES = 3
 """Reasons that a task keeps until they are taken."""

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mara_rl.errors import DataError
+from mara_rl.common.errors import DataError
 
 if TYPE_CHECKING:
     from mara_rl.score_models.base import ScoreModel

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from envs.protocols import Prompt
-from mara_rl.errors import DataError
+from mara_rl.common.errors import DataError
 
 
 class ListPromptSource:

@@ -13,7 +13,7 @@ from envs.list_prompt_source import ListPromptSource
 from envs.observation import StateDType, observation_space
 from envs.protocols import Prompt, PromptSource, Scorer
 from envs.reward import RewardSpec
-from mara_rl.policy_llm import SMOLLM2, DType, PolicyLLM, load_policy_llm
+from mara_rl.llm.policy_llm import SMOLLM2, DType, PolicyLLM, load_policy_llm
 
 
 class EnvSettings(BaseModel):

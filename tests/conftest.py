@@ -9,6 +9,8 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+pytest_plugins = ["mlflow_fixtures"]
+
 
 @pytest.fixture(scope="session", autouse=True)
 def session_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
@@ -34,7 +36,7 @@ def tiny_llms(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(params=["llama", "mistral", "gemma2", "qwen2", "qwen3"])
 def any_llm(request: pytest.FixtureRequest, tiny_llms: dict[str, Path]):
     """A tiny LLM of each family in turn, loaded in float32."""
-    from mara_rl.policy_llm import load_policy_llm
+    from mara_rl.llm.policy_llm import load_policy_llm
 
     return load_policy_llm(str(tiny_llms[request.param]), device="cpu", dtype="float32")
 
@@ -42,7 +44,7 @@ def any_llm(request: pytest.FixtureRequest, tiny_llms: dict[str, Path]):
 @pytest.fixture(params=["llama", "mistral"])
 def tiny_llm(request: pytest.FixtureRequest, tiny_llms: dict[str, Path]):
     """Two tiny LLMs in turn, without and with an attention window, loaded in float32."""
-    from mara_rl.policy_llm import load_policy_llm
+    from mara_rl.llm.policy_llm import load_policy_llm
 
     return load_policy_llm(str(tiny_llms[request.param]), device="cpu", dtype="float32")
 
@@ -50,7 +52,7 @@ def tiny_llm(request: pytest.FixtureRequest, tiny_llms: dict[str, Path]):
 @pytest.fixture(scope="session")
 def smollm2():
     """The real SmolLM2-135M-Instruct on the CPU in float32."""
-    from mara_rl.policy_llm import SMOLLM2, load_policy_llm
+    from mara_rl.llm.policy_llm import SMOLLM2, load_policy_llm
 
     return load_policy_llm(SMOLLM2, device="cpu", dtype="float32")
 

@@ -7,7 +7,7 @@ import pytest
 from openai.types.chat.completion_create_params import CompletionCreateParamsBase as OpenAIChat
 from openai.types.completion_create_params import CompletionCreateParamsBase as OpenAICompletion
 
-from services.openai_requests import ChatRequest, CompletionRequest, MaraOptions, Message
+from services.endpoint.openai_requests import ChatRequest, CompletionRequest, MaraOptions, Message
 
 DOCS = Path(__file__).parents[1] / "docs"
 

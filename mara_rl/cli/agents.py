@@ -11,10 +11,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mara_rl.errors import ConfigError
+from mara_rl.common.errors import ConfigError
 
 if TYPE_CHECKING:
-    from mara_rl.agent import AgentSpec
+    from mara_rl.agents.agent import AgentSpec
     from mara_rl.tracking.registry import AgentRegistry, AgentVersion
 
 app = typer.Typer(no_args_is_help=True, help="List, show, import, export and promote agents.")
@@ -45,7 +45,7 @@ def show(
     single_node: _SingleNode = False,
 ) -> None:
     """Show the versions of a registered agent, or one agent with its settings."""
-    from mara_rl.agent_refs import fetch_agent
+    from mara_rl.agents.agent_refs import fetch_agent
     from mara_rl.tracking.registry import is_registry_ref, is_version_ref
 
     if is_registry_ref(name):
@@ -83,9 +83,9 @@ def export(
 
     One with the published agents' head and rule also as a .pth file that their code reads.
     """
-    from mara_rl.agent_files import save_agent
-    from mara_rl.agent_refs import load_local_agent, local_metadata, locate_agent
-    from mara_rl.published_actors import is_published_kind, save_published_actor
+    from mara_rl.agents.agent_files import save_agent
+    from mara_rl.agents.agent_refs import load_local_agent, local_metadata, locate_agent
+    from mara_rl.agents.published_actors import is_published_kind, save_published_actor
     from mara_rl.tracking.registry import is_registry_ref
 
     with contextlib.ExitStack() as stack:
@@ -119,12 +119,12 @@ def import_agent(
     """Register an agent from elsewhere as a new candidate."""
     import tempfile
 
-    from mara_rl.agent import Agent
-    from mara_rl.agent_files import save_agent
-    from mara_rl.agent_refs import load_local_agent, local_metadata, locate_agent
-    from mara_rl.policy_llm import llm_hidden_size
+    from mara_rl.agents.agent import Agent
+    from mara_rl.agents.agent_files import save_agent
+    from mara_rl.agents.agent_refs import load_local_agent, local_metadata, locate_agent
+    from mara_rl.llm.policy_llm import llm_hidden_size
     from mara_rl.tracking.registry import model_name_for
-    from mara_rl.tracking.run import TrackingRun
+    from mara_rl.tracking.tracking_run import TrackingRun
 
     source = locate_agent(ref)
     agent, metadata = load_local_agent(source), local_metadata(source)

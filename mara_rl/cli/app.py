@@ -5,7 +5,7 @@ import sys
 import typer
 
 from mara_rl.cli import agents, doctor, evaluate, generate, prompts, rewards, serve, status, train
-from mara_rl.errors import MaraError
+from mara_rl.common.errors import MaraError
 
 app = typer.Typer(
     name="mara-rl",

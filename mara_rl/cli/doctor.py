@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mara_rl.errors import ConfigError, MaraError, first_line
+from mara_rl.common.errors import ConfigError, MaraError, first_line
 
 if TYPE_CHECKING:
     from mara_rl.training.config import TrainConfig
@@ -122,7 +122,7 @@ def _devices() -> str:
 
 
 def _home() -> str:
-    from mara_rl.home import mara_home
+    from mara_rl.common.home import mara_home
 
     home = mara_home()
     if not os.access(home, os.W_OK | os.X_OK):
@@ -131,7 +131,7 @@ def _home() -> str:
 
 
 def _redis() -> str:
-    from services.redis_server import connect, hide_password, redis_errors, redis_url
+    from services.cluster.redis_server import connect, hide_password, redis_errors, redis_url
 
     with (
         redis_url(allow_embedded=_alone()) as url,
@@ -158,7 +158,7 @@ def _alone() -> bool:
 
 
 def _llm(name: str) -> str:
-    from mara_rl.policy_llm import SMOLLM2, llm_hidden_size, smollm2_gguf
+    from mara_rl.llm.policy_llm import SMOLLM2, llm_hidden_size, smollm2_gguf
 
     if name == SMOLLM2:
         return f"{name}: {smollm2_gguf()}"
@@ -199,7 +199,7 @@ def _hub_model(name: str, shipped: str) -> str:
 
 
 def _prompts(name: str, split: Literal["train", "heldout"]) -> str:
-    from services.prompt_files import load_prompts
+    from mara_rl.prompts.prompt_files import load_prompts
 
     return f"{len(load_prompts(name, split))}, {name}"
 
@@ -208,8 +208,8 @@ def _resources(config: "TrainConfig") -> str:
     """Whether this machine could hold the run's actors; a cluster is asked when training starts."""
     import torch
 
-    from mara_rl.training.session import resource_plan
-    from services.ray_session import amounts, missing_resources
+    from mara_rl.training.run.session import resource_plan
+    from services.cluster.ray_session import amounts, missing_resources
 
     machine = {
         "CPU": float(len(os.sched_getaffinity(0))),

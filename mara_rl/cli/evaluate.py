@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mara_rl.errors import ConfigError, DataError
+from mara_rl.common.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from mara_rl.agent import Agent
+    from mara_rl.agents.agent import Agent
     from mara_rl.evaluation.plan import EvaluationPlan
 
 _WIDTH = 100  # of tables in files and pipes
@@ -90,9 +90,9 @@ def evaluate(
     """
     from rich.console import Console
 
-    from mara_rl.display import Display
+    from mara_rl.common.display import Display
+    from mara_rl.common.yaml_settings import override
     from mara_rl.evaluation.plan import checked_plan, read_plan
-    from mara_rl.yaml_settings import override
 
     flags = {
         "llm": llm,
@@ -142,8 +142,8 @@ def _run(
 ) -> None:
     from mara_rl.cli.agents import registry_uri
     from mara_rl.evaluation.console import show
-    from mara_rl.evaluation.run import check_llms
-    from mara_rl.evaluation.run import evaluate as run
+    from mara_rl.evaluation.evaluation import check_llms
+    from mara_rl.evaluation.evaluation import evaluate as run
 
     check_llms(plan, agents)
     uri = registry_uri(single_node) if track else None
@@ -180,7 +180,7 @@ def _methods(
     One that both have is no matter where it is the same.
     """
     from mara_rl.evaluation.method_names import methods_of
-    from mara_rl.policy_llm import SMOLLM2
+    from mara_rl.llm.policy_llm import SMOLLM2
     from mara_rl.tracking.registry import model_name_for
 
     planned = values.get("methods") or {}
@@ -271,7 +271,7 @@ def _pinned(plan: "EvaluationPlan", single_node: bool) -> "EvaluationPlan":
 
 def _loaded(plan: "EvaluationPlan", single_node: bool) -> dict[str, "Agent"]:
     """The agent of every method that has one, each reference resolved once."""
-    from mara_rl.agent_refs import fetch_agent
+    from mara_rl.agents.agent_refs import fetch_agent
     from mara_rl.cli.agents import registry_uri
     from mara_rl.evaluation.plan import AgentMethod
     from mara_rl.tracking.registry import AgentRegistry, is_registry_ref
@@ -296,7 +296,7 @@ def _loaded(plan: "EvaluationPlan", single_node: bool) -> dict[str, "Agent"]:
 
 
 def _new_folder() -> Path:
-    from mara_rl.home import mara_home
+    from mara_rl.common.home import mara_home
 
     number = 1
     while True:

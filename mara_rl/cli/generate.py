@@ -4,12 +4,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mara_rl.errors import ConfigError, DataError
+from mara_rl.common.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from mara_rl.agent import Agent
+    from mara_rl.agents.agent import Agent
     from mara_rl.decoding.answer import DecodedAnswer
-    from mara_rl.policy_llm import PolicyLLM
+    from mara_rl.llm.policy_llm import PolicyLLM
 
 
 def generate(
@@ -69,7 +69,7 @@ def generate(
     from mara_rl.decoding.blend import Blend
     from mara_rl.decoding.decoder import Decoder
     from mara_rl.decoding.request import DecodeRequest, DecodeSettings
-    from mara_rl.policy_llm import DTYPES, SMOLLM2, load_policy_llm
+    from mara_rl.llm.policy_llm import DTYPES, SMOLLM2, load_policy_llm
 
     if base and (agents or weights or strength is not None):
         raise typer.BadParameter(

@@ -10,10 +10,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from mara_rl.errors import ConfigError
+from mara_rl.common.errors import ConfigError
 
 if TYPE_CHECKING:
-    from services.prompt_queue import PromptQueue, QueueStatus
+    from services.prompt_queue.prompt_queue import PromptQueue, QueueStatus
 
 app = typer.Typer(no_args_is_help=True, help="Push prompts into a queue, see what became of them.")
 
@@ -31,7 +31,7 @@ def push(
     single_node: _SingleNode = False,
 ) -> None:
     """Add the prompts of FILE to a queue; those already there are left as they are."""
-    from services.prompt_files import read_prompts
+    from mara_rl.prompts.prompt_files import read_prompts
 
     prompts = read_prompts(file)
     with _open_queue(queue, single_node, create=True) as target:
@@ -72,8 +72,8 @@ def requeue(queue: _Queue = "default", single_node: _SingleNode = False) -> None
 
 @contextlib.contextmanager
 def _open_queue(name: str, single_node: bool, *, create: bool = False) -> Iterator["PromptQueue"]:
-    from services.prompt_queue import PromptQueue
-    from services.redis_server import connect, hide_password, redis_errors, redis_url
+    from services.cluster.redis_server import connect, hide_password, redis_errors, redis_url
+    from services.prompt_queue.prompt_queue import PromptQueue
 
     # Ray sets RAY_ADDRESS inside jobs: a Redis of one node would be lost on the cluster.
     in_cluster = "RAY_ADDRESS" in os.environ

@@ -67,7 +67,7 @@ def train(
     seed: Seed = 0,
 ) -> None:
     """Fit a score model to preference pairs and print its cross-validated accuracy."""
-    from mara_rl.errors import ConfigError
+    from mara_rl.common.errors import ConfigError
     from mara_rl.score_models.fit import L2_GRID, fit_slice
     from mara_rl.score_models.layer_slice import SliceSpec, save_slice
 
@@ -164,7 +164,7 @@ def build_pairs(
     seed: Seed = 0,
 ) -> None:
     """Make preference pairs from an LLM's own answers: sampled, damaged, swapped and refused."""
-    from mara_rl.policy_llm import load_policy_llm
+    from mara_rl.llm.policy_llm import load_policy_llm
     from mara_rl.prompts import packaged_prompts
     from mara_rl.score_models.own_pairs import (
         ANSWERS_PER_PROMPT,
@@ -203,7 +203,7 @@ def _prepare_torch() -> "torch.device":
 
 
 def _read_pairs(paths: list[Path], part: tuple[int, int]) -> "list[Pair]":
-    from mara_rl.errors import DataError
+    from mara_rl.common.errors import DataError
     from mara_rl.score_models.bradley_terry import part_of
     from mara_rl.score_models.pairs import Pair, read_rows
 

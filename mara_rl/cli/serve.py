@@ -57,12 +57,12 @@ def serve(
     ] = None,
 ) -> None:
     """Serve aligned answers in OpenAI's shape, and a page to see them, until Ctrl-C."""
+    from mara_rl.common.home import mara_home
+    from mara_rl.common.yaml_settings import read_settings
     from mara_rl.evaluation.plan import is_url
-    from mara_rl.home import mara_home
-    from mara_rl.policy_llm import SMOLLM2
-    from mara_rl.serving.config import EndpointConfig
-    from mara_rl.serving.local import serve_locally
-    from mara_rl.yaml_settings import read_settings
+    from mara_rl.llm.policy_llm import SMOLLM2
+    from services.endpoint.endpoint_config import EndpointConfig
+    from services.endpoint.local_server import serve_locally
 
     models = _models(scores or [])
     settings = read_settings("{}", "endpoint", overrides or [])

@@ -10,7 +10,7 @@ from rich.table import Table
 from mara_rl.cli.prompts import queue_rows
 
 if TYPE_CHECKING:
-    from mara_rl.training.status import RunStatus
+    from mara_rl.training.run.run_status import RunStatus
 
 _SHOWN = (
     "rollout/reward",
@@ -32,7 +32,7 @@ def status(
 
     What cannot be reached from here is said with its reason and does not change the exit status.
     """
-    from mara_rl.training.status import run_status
+    from mara_rl.training.run.run_status import run_status
 
     found = run_status(run)
     if as_json:

@@ -35,10 +35,10 @@ def train(
     """Train an agent: warm start, PPO, held-out comparison, registry."""
     from rich.console import Console
 
-    from mara_rl.display import Display
-    from mara_rl.errors import MaraError
+    from mara_rl.common.display import Display
+    from mara_rl.common.errors import MaraError
     from mara_rl.training.config import load_config
-    from mara_rl.training.run_folder import RunFolder, remove_folder
+    from mara_rl.training.run.run_folder import RunFolder, remove_folder
 
     if (config is None) == (resume is None):
         raise typer.BadParameter("give either a config to start or --resume RUN, not both")
@@ -52,8 +52,8 @@ def train(
         folder = RunFolder.named(run_name, settings) if run_name else RunFolder.create(settings)
     display = Display(Console())
     display.line(f"run {folder.name} in {folder.path}")
-    from mara_rl.training.stop_request import Interrupted
-    from mara_rl.training.train import train as run
+    from mara_rl.training.faults.stop_request import Interrupted
+    from mara_rl.training.training_run import train as run
 
     wait_s = _HANDOVER_S if run_name is not None else 0.0
     if wait_s and folder.is_claimed():

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mara_rl.agent import Agent
-from mara_rl.errors import ConfigError, DataError
+from mara_rl.agents.agent import Agent
+from mara_rl.common.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True, eq=False)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from mara_rl.candidates import candidate_sets
+from mara_rl.common.errors import DataError
 from mara_rl.decoding.answer import (
     CandidateTrace,
     DecodedAnswer,
@@ -26,10 +26,10 @@ from mara_rl.decoding.rules import (
 )
 from mara_rl.decoding.sequence import RunningSequence
 from mara_rl.decoding.table import DecodeTable
-from mara_rl.errors import DataError
-from mara_rl.policy_llm import PolicyLLM
-from mara_rl.prompt_reader import PromptReader
-from mara_rl.slot_engine import SlotEngine
+from mara_rl.llm.candidates import candidate_sets
+from mara_rl.llm.policy_llm import PolicyLLM
+from mara_rl.llm.prefill import PromptReader
+from mara_rl.llm.slot_engine import SlotEngine
 
 
 class Decoder:

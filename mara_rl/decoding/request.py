@@ -6,10 +6,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from mara_rl.agent import Fallback, Rule, check_exact
+from mara_rl.agents.agent import Fallback, Rule, check_exact
+from mara_rl.common.errors import ConfigError, DataError, first_problem
 from mara_rl.decoding.blend import Blend
-from mara_rl.errors import ConfigError, DataError, first_problem
-from mara_rl.policy_llm import PolicyLLM
+from mara_rl.llm.policy_llm import PolicyLLM
 
 BASE_TOP_K = 40
 BASE_TOP_P = 0.95

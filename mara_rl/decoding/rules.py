@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mara_rl.agent import Fallback, Rule
-from mara_rl.candidates import FORCED_LOGIT
+from mara_rl.agents.agent import Fallback, Rule
+from mara_rl.llm.candidates import FORCED_LOGIT
 
 UNDECIDED = -1
 

@@ -8,7 +8,7 @@ from mara_rl.decoding.answer import CandidateStates, DecodedAnswer, FinishReason
 from mara_rl.decoding.request import DecodeRequest
 from mara_rl.decoding.rules import UNDECIDED
 from mara_rl.decoding.text_stream import TextStream
-from mara_rl.policy_llm import PolicyLLM
+from mara_rl.llm.policy_llm import PolicyLLM
 
 
 class RunningSequence:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mara_rl.candidates import CandidateSets
+from mara_rl.llm.candidates import CandidateSets
 
 
 class DecodeTable:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from mara_rl.policy_llm import PolicyLLM
+from mara_rl.llm.policy_llm import PolicyLLM
 
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 

@@ -9,10 +9,10 @@ from typing import TextIO
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mara_rl.atomic_write import write_atomically
-from mara_rl.errors import DataError, first_line, first_problem
+from mara_rl.common.atomic_write import write_atomically
+from mara_rl.common.errors import DataError, first_line, first_problem
 from mara_rl.evaluation.prompt_set import PromptSet
-from services.prompt_files import PromptRecord
+from mara_rl.prompts.prompt_files import PromptRecord
 
 _TEXT_FIELDS = ("answer", "text", "output", "response")
 _PROMPT_FIELDS = ("prompt", "instruction")

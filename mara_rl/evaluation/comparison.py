@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from mara_rl.preference import PreferenceRate, axis_outcomes, outcomes, preference_rate
-from mara_rl.text_quality import distinct_n, is_empty, is_refusal, median_length
+from mara_rl.metrics.preference import PreferenceRate, axis_outcomes, outcomes, preference_rate
+from mara_rl.metrics.text_quality import distinct_n, is_empty, is_refusal, median_length
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from mara_rl.display import Display
+from mara_rl.common.display import Display
 from mara_rl.evaluation.figures import BROKEN_SHARE
-from mara_rl.preference import PreferenceRate, result_line
-from services.prompt_files import PACKAGED
+from mara_rl.metrics.preference import PreferenceRate, result_line
+from mara_rl.prompts.prompt_files import PACKAGED
 
 
 def show(figures: Mapping[str, Any], display: Display) -> None:

@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from mara_rl.evaluation import comparison
 from mara_rl.evaluation.answers import Answer
-from mara_rl.evaluation.bootstrap import PairedBootstrap
-from mara_rl.preference import preference_rate, sign_test
-from mara_rl.text_quality import (
+from mara_rl.metrics.bootstrap import PairedBootstrap
+from mara_rl.metrics.preference import preference_rate, sign_test
+from mara_rl.metrics.text_quality import (
     distinct_n,
     is_degenerate,
     is_empty,

@@ -3,10 +3,10 @@
 import hashlib
 from pathlib import Path
 
-from mara_rl.policy_llm import SMOLLM2, smollm2_gguf
-from mara_rl.score_models.checkpoint import read_json
+from mara_rl.llm.policy_llm import SMOLLM2, smollm2_gguf
 from mara_rl.score_models.layer_slice import CONFIG_FILE
 from mara_rl.score_models.loading import score_model_folder
+from mara_rl.score_models.weight_files import read_json
 
 _CHUNK = 1 << 20
 _known: dict[tuple[Path, int, int], str] = {}

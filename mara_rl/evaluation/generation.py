@@ -11,13 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from mara_rl.agent import Agent
+from mara_rl.agents.agent import Agent
+from mara_rl.common.display import Display
+from mara_rl.common.errors import ConfigError, DataError, MaraError
 from mara_rl.decoding.answer import DecodedAnswer
 from mara_rl.decoding.blend import Blend
 from mara_rl.decoding.decoder import Decoder
 from mara_rl.decoding.request import DecodeRequest, DecodeSettings
-from mara_rl.display import Display
-from mara_rl.errors import ConfigError, DataError, MaraError
 from mara_rl.evaluation.answers import Answer, AnswerFile
 from mara_rl.evaluation.plan import (
     AgentMethod,
@@ -28,7 +28,7 @@ from mara_rl.evaluation.plan import (
     RewriteMethod,
 )
 from mara_rl.evaluation.prompt_set import PromptSet
-from mara_rl.policy_llm import PolicyLLM, load_policy_llm
+from mara_rl.llm.policy_llm import PolicyLLM, load_policy_llm
 
 Table = list[list[Answer]]  # by prompt (N), by replicate (R)
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from mara_rl.common.errors import DataError
 from mara_rl.decoding.answer import DecodedAnswer
-from mara_rl.errors import DataError
 from mara_rl.evaluation.comparison import JudgedAnswers, examples, summary, unscored
-from mara_rl.preference import PreferenceRate, result_line
-from mara_rl.text_quality import is_degenerate
+from mara_rl.metrics.preference import PreferenceRate, result_line
+from mara_rl.metrics.text_quality import is_degenerate
 
 
 @dataclass(frozen=True)

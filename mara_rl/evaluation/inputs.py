@@ -6,16 +6,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mara_rl.agent import Agent
-from mara_rl.agent_files import agent_sha256
-from mara_rl.atomic_write import write_atomically
-from mara_rl.errors import ConfigError, first_line
+from mara_rl.agents.agent import Agent
+from mara_rl.agents.agent_files import agent_sha256
+from mara_rl.common.atomic_write import write_atomically
+from mara_rl.common.errors import ConfigError, first_line
+from mara_rl.common.file_lock import held
 from mara_rl.evaluation.answers import AnswerFile
 from mara_rl.evaluation.fingerprints import file_sha256, llm_sha256
 from mara_rl.evaluation.plan import AnswersMethod, BestOfMethod, EvaluationPlan, RewriteMethod
 from mara_rl.evaluation.prompt_set import PromptSet
-from mara_rl.file_lock import held
-from mara_rl.policy_llm import placement
+from mara_rl.llm.policy_llm import placement
 
 FILE = "inputs.json"
 ANSWERS = "answers"

@@ -10,14 +10,14 @@ from typing import Protocol
 
 import numpy as np
 
-from mara_rl.display import Display
-from mara_rl.errors import ConfigError, DataError, MaraError
+from mara_rl.common.display import Display
+from mara_rl.common.errors import ConfigError, DataError, MaraError
 from mara_rl.evaluation.answers import Answer
 from mara_rl.evaluation.fingerprints import score_model_sha256
 from mara_rl.evaluation.plan import AXES, EvaluationPlan, Judge, is_url
 from mara_rl.evaluation.prompt_set import PromptSet
 from mara_rl.evaluation.score_cache import ScoreCache
-from mara_rl.policy_llm import DType, placement
+from mara_rl.llm.policy_llm import DType, placement
 from mara_rl.score_models.loading import load_score_model, shipped_names
 
 _BATCH = 64
@@ -70,14 +70,14 @@ def _source(name: str, axis: str, judge: Judge) -> ScoreSource:
 
 def _served_source(judge: str, axis: str, service: str) -> ScoreSource:
     if is_url(service):
-        from services.score_sources import UrlScores
+        from services.scoring.score_sources import UrlScores
 
         try:
             identity = f"{service} {UrlScores(service).model()}"
         except MaraError as error:
             raise ConfigError(f"judges.{judge}.{axis}: score service {service}: {error}") from error
         return ScoreSource(judge, axis, service, None, identity, "")
-    from services.score_service import deployed_score
+    from services.scoring.score_service import deployed_score
 
     config = deployed_score(service)
     if config is None:
@@ -178,7 +178,7 @@ class _ServedScores:
     """One score service as a scorer."""
 
     def __init__(self, service: str) -> None:
-        from services.score_client import ScoreClient, ScoreClientConfig
+        from services.scoring.score_client import ScoreClient, ScoreClientConfig
 
         self._client = ScoreClient(ScoreClientConfig(sources={"score": service}))
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mara_rl.errors import ConfigError
+from mara_rl.common.errors import ConfigError
 
 _KNOWN = "base, sampled, agent, agent-sampled, exact, best-of-N, strength-S"
 

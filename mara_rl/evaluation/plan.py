@@ -8,11 +8,17 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 from pydantic_core import to_jsonable_python
 
-from mara_rl.agent import Rule
-from mara_rl.errors import ConfigError, first_problem
-from mara_rl.policy_llm import SMOLLM2, DType
-from mara_rl.yaml_settings import NAME_PATTERN, Section, override, preset_or_file, read_settings
-from services.prompt_files import PACKAGED
+from mara_rl.agents.agent import Rule
+from mara_rl.common.errors import ConfigError, first_problem
+from mara_rl.common.yaml_settings import (
+    NAME_PATTERN,
+    Section,
+    override,
+    preset_or_file,
+    read_settings,
+)
+from mara_rl.llm.policy_llm import SMOLLM2, DType
+from mara_rl.prompts.prompt_files import PACKAGED
 
 AXES = ("reward", "cost")
 ALIGNER_TEMPLATE = (

@@ -7,9 +7,15 @@ from typing import Literal
 
 import numpy as np
 
-from mara_rl.errors import DataError
+from mara_rl.common.errors import DataError
 from mara_rl.evaluation.plan import EvaluationPlan
-from services.prompt_files import PACKAGED, PromptRecord, load_prompts, prompt_hash, read_records
+from mara_rl.prompts.prompt_files import (
+    PACKAGED,
+    PromptRecord,
+    load_prompts,
+    prompt_hash,
+    read_records,
+)
 
 _MEANT = "#%&@/"
 _EMOJI_STYLE = "\ufe0f"

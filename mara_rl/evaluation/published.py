@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from mara_rl.agent import Agent
-from mara_rl.errors import ConfigError
+from mara_rl.agents.agent import Agent
+from mara_rl.common.errors import ConfigError
 from mara_rl.evaluation.plan import AXES, AgentMethod, BaseMethod, EvaluationPlan, Judge
 
 

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mara_rl.atomic_write import write_atomically
+from mara_rl.common.atomic_write import write_atomically
 from mara_rl.evaluation import plots
 from mara_rl.evaluation.console import points, rate_of, warnings
 from mara_rl.evaluation.summary import Judged
-from mara_rl.preference import result_line
+from mara_rl.metrics.preference import result_line
 
 
 def write_report(path: Path, figures: Mapping[str, Any], judged: Judged) -> None:

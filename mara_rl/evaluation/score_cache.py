@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from mara_rl.errors import DataError
+from mara_rl.common.errors import DataError
 
 _WAIT_S = 60.0  # for another process's write
 _PER_QUERY = 500

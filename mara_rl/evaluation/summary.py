@@ -7,9 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mara_rl.agent import Rule
+from mara_rl.agents.agent import Rule
 from mara_rl.evaluation.answers import Answer
-from mara_rl.evaluation.bootstrap import PairedBootstrap
 from mara_rl.evaluation.figures import (
     Rate,
     best_of_kl,
@@ -33,6 +32,7 @@ from mara_rl.evaluation.plan import (
     RewriteMethod,
 )
 from mara_rl.evaluation.prompt_set import PromptSet
+from mara_rl.metrics.bootstrap import PairedBootstrap
 
 FORMAT = 1
 MIN_GROUP = 2

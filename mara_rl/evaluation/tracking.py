@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mara_rl.agent import same_llm
+from mara_rl.agents.agent import same_llm
 from mara_rl.evaluation.console import points, rate_of
+from mara_rl.evaluation.evaluation import Evaluation
 from mara_rl.evaluation.plan import AXES, AgentMethod, BaseMethod, EvaluationPlan
-from mara_rl.evaluation.run import Evaluation
 from mara_rl.tracking.promotion import PromotionEvidence
 from mara_rl.tracking.registry import AgentRegistry, AgentVersion, is_version_ref
-from mara_rl.tracking.run import TrackingRun
+from mara_rl.tracking.tracking_run import TrackingRun
 
 EXPERIMENT = "evaluations"
 

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
-from mara_rl.errors import ConfigError
+from mara_rl.common.errors import ConfigError
 
 Split = Literal["train", "heldout"]
 

@@ -10,9 +10,9 @@ from pydantic import BaseModel, ValidationError
 from torch import Tensor, nn
 from transformers import AutoTokenizer, LlamaConfig, LlamaModel
 
-from mara_rl.errors import DataError
+from mara_rl.common.errors import DataError
 from mara_rl.score_models.base import ScoreType, in_batches, last_token
-from mara_rl.score_models.checkpoint import fill, read_json, read_state_dict
+from mara_rl.score_models.weight_files import fill, read_json, read_state_dict
 
 ARCHITECTURES = ("LlamaForScore", "LlamaModelForScore")
 _TEXT = "BEGINNING OF CONVERSATION: USER: {prompt} ASSISTANT:{response}"

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mara_rl.errors import ConfigError
-from mara_rl.policy_llm import DType
+from mara_rl.common.errors import ConfigError
+from mara_rl.llm.policy_llm import DType
 from mara_rl.score_models.bradley_terry import (
     Accuracy,
     accuracy_by_kind,

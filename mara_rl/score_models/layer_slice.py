@@ -13,13 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from mara_rl import slot_attention
-from mara_rl.errors import ConfigError, DataError, first_line, first_problem
-from mara_rl.packed_linear import pack_linears
-from mara_rl.policy_llm import SMOLLM2, DType, load_policy_llm
+from mara_rl.common.errors import ConfigError, DataError, first_line, first_problem
+from mara_rl.llm import slot_attention
+from mara_rl.llm.packed_linear import pack_linears
+from mara_rl.llm.policy_llm import SMOLLM2, DType, load_policy_llm
 from mara_rl.score_models.base import BATCH_SIZE, ScoreType
-from mara_rl.score_models.checkpoint import fill, read_json, read_state_dict
 from mara_rl.score_models.score_head import ScoreHead
+from mara_rl.score_models.weight_files import fill, read_json, read_state_dict
 
 CONFIG_FILE = "score.json"
 WEIGHTS_FILE = "model.safetensors"

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import torch
 
-from mara_rl.errors import ConfigError, first_line
-from mara_rl.policy_llm import DTYPES, DType, placement
+from mara_rl.common.errors import ConfigError, first_line
+from mara_rl.llm.policy_llm import DTYPES, DType, placement
 from mara_rl.score_models.base import ScoreModel
 from mara_rl.score_models.beaver import ARCHITECTURES, load_beaver
-from mara_rl.score_models.checkpoint import read_json
 from mara_rl.score_models.layer_slice import CONFIG_FILE, load_slice
 from mara_rl.score_models.sequence_classifier import load_sequence_classifier
+from mara_rl.score_models.weight_files import read_json
 
 _HUB_FILES = ["*.json", "*.jinja", "*.safetensors", "*.bin", "*.model"]
 SHIPPED_FOLDER = Path(__file__).parent / "shipped"

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from mara_rl.candidates import candidate_sets
-from mara_rl.policy_llm import PolicyLLM
+from mara_rl.llm.candidates import candidate_sets
+from mara_rl.llm.policy_llm import PolicyLLM
 from mara_rl.score_models.pairs import Pair
 
 COOL, PLAIN, HOT = 0.4, 1.0, 1.8  # sampling temperatures

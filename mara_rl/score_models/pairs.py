@@ -10,7 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from mara_rl.errors import DataError
+from mara_rl.common.errors import DataError
 
 LONGEST_PROMPT = 240  # characters, of prompts drawn for making pairs
 

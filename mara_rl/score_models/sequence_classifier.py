@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from mara_rl.errors import DataError, first_line
+from mara_rl.common.errors import DataError, first_line
 from mara_rl.score_models.base import ScoreType, in_batches
 
 

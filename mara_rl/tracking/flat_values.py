@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mara_rl.errors import DataError
+from mara_rl.common.errors import DataError
 
 _KEY_CHARS = 250
 _VALUE_CHARS = 500  # what servers before MLflow 2.8 take; the whole config is an artifact

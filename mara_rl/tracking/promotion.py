@@ -6,8 +6,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from mara_rl.errors import DataError, first_problem
-from mara_rl.preference import PreferenceRate, sign_test
+from mara_rl.common.errors import DataError, first_problem
+from mara_rl.metrics.preference import PreferenceRate, sign_test
 
 MIN_PROMPTS = 30
 MAX_P_VALUE = 0.05

@@ -11,10 +11,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mara_rl.agent import Agent
-from mara_rl.agent_files import SPEC_FILE, WEIGHTS_FILE, load_agent
-from mara_rl.agent_refs import fetch_agent
-from mara_rl.errors import ConfigError, DataError
+from mara_rl.agents.agent import Agent
+from mara_rl.agents.agent_files import SPEC_FILE, WEIGHTS_FILE, load_agent
+from mara_rl.agents.agent_refs import fetch_agent
+from mara_rl.common.errors import ConfigError, DataError
 from mara_rl.tracking.promotion import PromotionEvidence, refusal
 from mara_rl.tracking.store import mlflow_calls, mlflow_client, slug, tracking_uri
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import urlparse
 
-from mara_rl.environment import environment_variables
-from mara_rl.errors import ConfigError, DataError, RetryableError
-from mara_rl.home import mara_home
+from mara_rl.common.environment import environment_variables
+from mara_rl.common.errors import ConfigError, DataError, RetryableError
+from mara_rl.common.home import mara_home
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -15,15 +15,15 @@ from tenacity import (
 
 from envs.protocols import Scorer
 from envs.reward import RewardSpec
-from mara_rl.agent import AcceptNetwork, Agent, AgentSpec
+from mara_rl.agents.agent import AcceptNetwork, Agent, AgentSpec
+from mara_rl.common.display import Display, Phase
+from mara_rl.common.errors import DataError, RetryableError
 from mara_rl.decoding.answer import DecodedAnswer
-from mara_rl.display import Display, Phase
-from mara_rl.errors import DataError, RetryableError
 from mara_rl.training.config import TrainConfig, WarmStartConfig
-from mara_rl.training.distillation import distil
-from mara_rl.training.rollout_group import RolloutGroup, derived_seed
-from mara_rl.training.token_credit import BaseAnswer
-from mara_rl.training.value_warm_start import fit_value, lean, total_epochs
+from mara_rl.training.rllib.rollout_group import RolloutGroup, derived_seed
+from mara_rl.training.warm_start.distillation import distil
+from mara_rl.training.warm_start.token_credit import BaseAnswer
+from mara_rl.training.warm_start.value_warm_start import fit_value, lean, total_epochs
 
 _RETRY_WAIT_S = 2.0
 

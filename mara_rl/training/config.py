@@ -8,12 +8,18 @@ from urllib.parse import urlsplit
 from pydantic import Field, ValidationError, model_validator
 
 from envs.observation import StateDType
-from mara_rl.agent import AgentSpec, Fallback, Head, Rule, check_exact
-from mara_rl.errors import ConfigError, first_problem
-from mara_rl.policy_llm import DType
-from mara_rl.yaml_settings import NAME_PATTERN, Section, names_in, preset_or_file, read_settings
-from services.replica_config import CustomResources
-from services.score_service import ScoreServiceConfig
+from mara_rl.agents.agent import AgentSpec, Fallback, Head, Rule, check_exact
+from mara_rl.common.errors import ConfigError, first_problem
+from mara_rl.common.yaml_settings import (
+    NAME_PATTERN,
+    Section,
+    names_in,
+    preset_or_file,
+    read_settings,
+)
+from mara_rl.llm.policy_llm import DType
+from services.cluster.replica_config import CustomResources
+from services.scoring.score_service import ScoreServiceConfig
 
 
 class LLMConfig(Section):

@@ -5,25 +5,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mara_rl.agent import Agent
-from mara_rl.agent_files import agent_sha256, load_agent
+from mara_rl.agents.agent import Agent
+from mara_rl.agents.agent_files import agent_sha256, load_agent
+from mara_rl.common.display import Display, Phase
 from mara_rl.decoding.answer import DecodedAnswer
-from mara_rl.display import Display, Phase
 from mara_rl.evaluation.comparison import JudgedAnswers, rates, unscored
 from mara_rl.evaluation.figures import flag
 from mara_rl.evaluation.heldout import HeldoutResult, compare_heldout, report, save_heldout
-from mara_rl.preference import PreferenceRate
+from mara_rl.metrics.preference import PreferenceRate
+from mara_rl.prompts.prompt_files import PromptRecord
 from mara_rl.score_models.loading import load_score_model
 from mara_rl.tracking.promotion import PromotionEvidence
 from mara_rl.tracking.registry import AgentRegistry, model_name_for, source_tags
-from mara_rl.tracking.run import TrackingRun
+from mara_rl.tracking.tracking_run import TrackingRun
 from mara_rl.training.base_phase import score_in_batches
 from mara_rl.training.config import EvaluationConfig, TrainConfig
-from mara_rl.training.rollout_group import RolloutGroup, derived_seed
-from mara_rl.training.run_folder import RunFolder
-from mara_rl.training.session import Session
-from services.prompt_files import PromptRecord
-from services.score_client import ScoreClient
+from mara_rl.training.rllib.rollout_group import RolloutGroup, derived_seed
+from mara_rl.training.run.run_folder import RunFolder
+from mara_rl.training.run.session import Session
+from services.scoring.score_client import ScoreClient
 
 _NAMED = 5  # prompts left out, on a line
 _MAX_LEFT_OUT_SHARE = 0.1

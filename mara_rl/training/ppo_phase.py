@@ -4,18 +4,18 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mara_rl.display import Display
-from mara_rl.errors import RetryableError
-from mara_rl.tracking.run import TrackingRun
-from mara_rl.training.checkpoint import TrainState, save_checkpoint
+from mara_rl.common.display import Display
+from mara_rl.common.errors import RetryableError
+from mara_rl.tracking.tracking_run import TrackingRun
 from mara_rl.training.config import TrainConfig
-from mara_rl.training.learners import Learners
-from mara_rl.training.lost_part import LostPart
-from mara_rl.training.rollout_group import Faults, RolloutGroup, derived_seed, seed_everything
-from mara_rl.training.run_folder import RunFolder
-from mara_rl.training.runner_errors import RunnerErrors
-from services.prompt_queue import PromptQueue, QueueLost
-from services.redis_server import redis_errors
+from mara_rl.training.faults.lost_part import LostPart
+from mara_rl.training.faults.runner_errors import RunnerErrors
+from mara_rl.training.rllib.learners import Learners
+from mara_rl.training.rllib.rollout_group import Faults, RolloutGroup, derived_seed, seed_everything
+from mara_rl.training.run.checkpoint import TrainState, save_checkpoint
+from mara_rl.training.run.run_folder import RunFolder
+from services.cluster.redis_server import redis_errors
+from services.prompt_queue.prompt_queue import PromptQueue, QueueLost
 
 _RETRY_WAIT_S = 2.0
 

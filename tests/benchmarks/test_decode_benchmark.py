@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from small_agents import random_agent
 
-from mara_rl.agent_files import save_agent
-from mara_rl.policy_llm import load_policy_llm
+from mara_rl.agents.agent_files import save_agent
+from mara_rl.llm.policy_llm import load_policy_llm
 
 DECODE = Path(__file__).parents[2] / "benchmarks" / "decode.py"
 

@@ -18,8 +18,8 @@ from training_runs import (
     write_config,
 )
 
-from services.prompt_queue import PromptQueue, QueueStatus
-from services.redis_server import connect
+from services.cluster.redis_server import connect
+from services.prompt_queue.prompt_queue import PromptQueue, QueueStatus
 
 PROMPTS = 24
 POISONED = "p3"

@@ -16,7 +16,7 @@ import requests
 import yaml
 from local_cluster import ROOT, LocalCluster, free_ports, local_cluster, system_redis
 
-from mara_rl.training.run_folder import RunOutcome
+from mara_rl.training.run.run_folder import RunOutcome
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 

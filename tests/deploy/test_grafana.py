@@ -12,7 +12,7 @@ import ray
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from services.endpoint_metrics import EndpointMetrics
+from services.endpoint.endpoint_metrics import EndpointMetrics
 
 DASHBOARD = Path(__file__).parents[2] / "deploy" / "grafana" / "mara-rl.json"
 FUNCTIONS = {"histogram_quantile", "increase", "rate", "last_over_time", "max", "sum", "by", "le"}

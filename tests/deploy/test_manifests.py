@@ -18,18 +18,18 @@ from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
-from mara_rl.serving.config import EndpointConfig
 from mara_rl.training.config import load_config, preset_names
-from mara_rl.training.session import resource_plan
-from services.score_service import ScoreServiceConfig
+from mara_rl.training.run.session import resource_plan
+from services.endpoint.endpoint_config import EndpointConfig
+from services.scoring.score_service import ScoreServiceConfig
 
 ROOT = Path(__file__).parents[2]
 DEPLOY = ROOT / "deploy"
 KUBERAY = sorted((DEPLOY / "kuberay").glob("*.yaml"))
 ARGS = {
-    "services.score_service:score_application": ScoreServiceConfig,
-    "services.score_api:keyed_score_application": ScoreServiceConfig,
-    "mara_rl.serving.application:application": EndpointConfig,
+    "services.scoring.score_service:score_application": ScoreServiceConfig,
+    "services.scoring.score_api:keyed_score_application": ScoreServiceConfig,
+    "services.endpoint.application:application": EndpointConfig,
 }
 
 

@@ -14,7 +14,7 @@ import redis
 import yaml
 from redis_servers import REDIS_BINARY
 
-from services.redis_server import connect
+from services.cluster.redis_server import connect
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 PASSWORD = "a-password"

@@ -9,8 +9,8 @@ import pytest
 from envs.list_prompt_source import ListPromptSource
 from envs.protocols import Prompt
 from envs.reward import RewardSpec
-from mara_rl.errors import RetryableError
-from mara_rl.policy_llm import PolicyLLM
+from mara_rl.common.errors import RetryableError
+from mara_rl.llm.policy_llm import PolicyLLM
 
 PROMPTS = [Prompt(text, f"p{i}") for i, text in enumerate(["Hi", "How are you?", "Why?", "Go on."])]
 

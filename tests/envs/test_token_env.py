@@ -9,7 +9,7 @@ from gymnasium.utils.env_checker import check_env
 import envs
 from envs.observation import BASE_LOGIT, FORCED, LOG_P, MASS_LEFT, TOKENS_LEFT, K
 from envs.token_env import TokenAcceptRejectEnv
-from mara_rl.candidates import candidate_sets
+from mara_rl.llm.candidates import candidate_sets
 
 
 def test_every_transition_against_plain_forwards(tiny_llm, settings) -> None:

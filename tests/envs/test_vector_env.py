@@ -9,7 +9,7 @@ from envs.observation import FORCED
 from envs.protocols import Prompt
 from envs.token_env import TokenAcceptRejectEnv
 from envs.vector_env import TokenAcceptRejectVectorEnv
-from mara_rl.errors import DataError, RetryableError
+from mara_rl.common.errors import DataError, RetryableError
 
 SLOTS = 3
 

@@ -10,12 +10,12 @@ from small_agents import random_agent
 from envs.list_prompt_source import ListPromptSource
 from envs.protocols import Prompt
 from envs.vector_env import TokenAcceptRejectVectorEnv
-from mara_rl.agent import Agent
+from mara_rl.agents.agent import Agent
 from mara_rl.decoding.blend import Blend
 from mara_rl.decoding.decoder import Decoder
 from mara_rl.decoding.request import DecodeRequest, DecodeSettings
-from mara_rl.policy_llm import PolicyLLM, load_policy_llm
-from mara_rl.slot_engine import SlotEngine
+from mara_rl.llm.policy_llm import PolicyLLM, load_policy_llm
+from mara_rl.llm.slot_engine import SlotEngine
 
 pytestmark = [
     pytest.mark.gpu,

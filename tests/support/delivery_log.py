@@ -30,7 +30,7 @@ class DeliveryLog:
                 with client.monitor() as monitor:
                     self._ready.set()
                     for seen in monitor.listen():
-                        # `services.prompt_scripts.DELIVER` does this for each entry.
+                        # `services.prompt_queue.prompt_scripts.DELIVER` does this for each entry.
                         command, key, rest = [*seen["command"].split(" ", 2), "", ""][:3]
                         # Without Lua it is `PromptQueue.remember`.
                         in_script = seen["client_type"] == "lua" and command.lower() == "hset"

@@ -10,17 +10,17 @@ import uvicorn
 from small_agents import random_agent
 from starlette.types import ASGIApp
 
-from mara_rl.agent import Agent
+from mara_rl.agents.agent import Agent
+from mara_rl.common.errors import DataError
 from mara_rl.decoding.decoder import Decoder
-from mara_rl.errors import DataError
-from mara_rl.policy_llm import PolicyLLM
-from services.agent_catalog import ServedAgent
-from services.api_keys import ApiKeys
-from services.decode_loop import DecodeLoop
-from services.decode_plan import ApiLimits, Backend
-from services.endpoint import Endpoint
-from services.openai_api import create_api
-from services.token_report import TokenReport
+from mara_rl.llm.policy_llm import PolicyLLM
+from services.endpoint.agent_catalog import ServedAgent
+from services.endpoint.decode_loop import DecodeLoop
+from services.endpoint.decode_plan import ApiLimits, Backend
+from services.endpoint.endpoint import Endpoint
+from services.endpoint.openai_api import create_api
+from services.endpoint.token_report import TokenReport
+from services.http.api_keys import ApiKeys
 
 LLM = "tiny-llm"
 AGENT = "mara-tiny@champion"

@@ -1,8 +1,8 @@
 """Prompt queues filled with made-up prompts, for the tests of the queue."""
 
-from services.prompt_files import PromptRecord
-from services.prompt_queue import PromptQueue
-from services.redis_server import connect
+from mara_rl.prompts.prompt_files import PromptRecord
+from services.cluster.redis_server import connect
+from services.prompt_queue.prompt_queue import PromptQueue
 
 
 def records(number: int) -> list[PromptRecord]:

@@ -2,7 +2,7 @@
 
 import signal
 
-from services.prompt_source import PromptSourceConfig, RedisPromptSource
+from services.prompt_queue.prompt_source import PromptSourceConfig, RedisPromptSource
 
 
 def hold_one(config: PromptSourceConfig) -> None:

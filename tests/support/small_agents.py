@@ -2,8 +2,8 @@
 
 import torch
 
-from mara_rl.agent import Agent, AgentSpec
-from mara_rl.policy_llm import PolicyLLM
+from mara_rl.agents.agent import Agent, AgentSpec
+from mara_rl.llm.policy_llm import PolicyLLM
 
 SIZE = 12
 

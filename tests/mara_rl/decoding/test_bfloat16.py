@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from mara_rl.candidates import candidate_sets
-from mara_rl.policy_llm import SMOLLM2, load_policy_llm
+from mara_rl.llm.candidates import candidate_sets
+from mara_rl.llm.policy_llm import SMOLLM2, load_policy_llm
+from mara_rl.llm.slot_engine import SlotEngine
 from mara_rl.prompts import packaged_prompts
-from mara_rl.slot_engine import SlotEngine
 
 
 @pytest.mark.slow

@@ -7,15 +7,15 @@ import pytest
 import torch
 from small_agents import random_agent
 
-from mara_rl.agent import Agent, AgentSpec
-from mara_rl.candidates import candidate_sets
+from mara_rl.agents.agent import Agent, AgentSpec
+from mara_rl.common.errors import ConfigError, DataError
 from mara_rl.decoding.answer import DecodedAnswer
 from mara_rl.decoding.blend import Blend
 from mara_rl.decoding.decoder import Decoder
 from mara_rl.decoding.request import DecodeRequest, DecodeSettings
 from mara_rl.decoding.rules import induced_probabilities, sampled_index
-from mara_rl.errors import ConfigError, DataError
-from mara_rl.policy_llm import PolicyLLM
+from mara_rl.llm.candidates import candidate_sets
+from mara_rl.llm.policy_llm import PolicyLLM
 
 PROMPTS = ["Hi", "How do I bake bread?", "What is the time in Lima?", "a", "Tell me a story."]
 MAX_NEW_TOKENS = 9

@@ -2,11 +2,11 @@
 
 import pytest
 
-from mara_rl.agent import Agent, AgentSpec
+from mara_rl.agents.agent import Agent, AgentSpec
+from mara_rl.common.errors import ConfigError, DataError
 from mara_rl.decoding.blend import Blend
 from mara_rl.decoding.request import DecodeRequest, DecodeSettings
-from mara_rl.errors import ConfigError, DataError
-from mara_rl.policy_llm import PolicyLLM
+from mara_rl.llm.policy_llm import PolicyLLM
 
 
 def agent(size: int, head: str = "anchored", **spec: object) -> Agent:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from mara_rl.decoding.text_stream import TextStream
-from mara_rl.policy_llm import PolicyLLM
+from mara_rl.llm.policy_llm import PolicyLLM
 
 TEXTS = ["Hello there, world.", "naïve façade 你好 🙂🙃 ok", "  two  spaces\n\n\tand a tab", "🙂"]
 

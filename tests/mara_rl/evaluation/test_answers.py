@@ -3,11 +3,11 @@ from pathlib import Path
 
 import pytest
 
-from mara_rl.errors import DataError
+from mara_rl.common.errors import DataError
 from mara_rl.evaluation.answers import Answer, AnswerFile, read_foreign_answers, write_answers
 from mara_rl.evaluation.plan import EvaluationPlan
 from mara_rl.evaluation.prompt_set import PromptSet, load_prompt_set
-from services.prompt_files import PromptRecord
+from mara_rl.prompts.prompt_files import PromptRecord
 
 RECORDS = [PromptRecord("a", "What is rain?"), PromptRecord("b", "How are you?")]
 PROMPTS = PromptSet(RECORDS, 0, [], False, RECORDS)

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from mara_rl.evaluation.answers import Answer
-from mara_rl.evaluation.bootstrap import PairedBootstrap
 from mara_rl.evaluation.figures import (
     accept_positions,
     best_of_groups,
@@ -18,7 +17,8 @@ from mara_rl.evaluation.figures import (
     quadrants,
     weighted_reward,
 )
-from mara_rl.preference import outcomes, preference_rate, sign_test
+from mara_rl.metrics.bootstrap import PairedBootstrap
+from mara_rl.metrics.preference import outcomes, preference_rate, sign_test
 
 REFUSAL = "I'm sorry, but I can't help with that."
 

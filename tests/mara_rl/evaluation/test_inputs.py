@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mara_rl.errors import ConfigError
+from mara_rl.common.errors import ConfigError
 from mara_rl.evaluation.answers import Answer, AnswerFile
 from mara_rl.evaluation.inputs import claim, opened
 

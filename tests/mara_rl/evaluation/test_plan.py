@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from mara_rl.errors import ConfigError
+from mara_rl.common.errors import ConfigError
 from mara_rl.evaluation.method_names import methods_of
 from mara_rl.evaluation.plan import (
     ALIGNER_TEMPLATE,

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from mara_rl.errors import DataError
+from mara_rl.common.errors import DataError
 from mara_rl.evaluation.plan import EvaluationPlan, checked_plan
 from mara_rl.evaluation.prompt_set import load_prompt_set, normalised
 

@@ -1,6 +1,6 @@
 import pytest
 
-from mara_rl.errors import DataError
+from mara_rl.common.errors import DataError
 from mara_rl.evaluation.score_cache import ScoreCache
 
 

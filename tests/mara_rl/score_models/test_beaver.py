@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny_checkpoints import TEXTS, BeaverFolder
 
-from mara_rl.errors import DataError
+from mara_rl.common.errors import DataError
 from mara_rl.score_models.loading import load_score_model
 
 

@@ -5,7 +5,7 @@ import torch
 from tiny_checkpoints import TEXTS, tiny_tokenizer
 from transformers import LlamaForCausalLM
 
-from mara_rl.errors import ConfigError, DataError
+from mara_rl.common.errors import ConfigError, DataError
 from mara_rl.score_models.layer_slice import SliceSpec, open_slice, save_slice
 from mara_rl.score_models.loading import load_score_model
 from mara_rl.score_models.score_head import ScoreHead

@@ -3,7 +3,7 @@ from collections import Counter
 
 import pytest
 
-from mara_rl.policy_llm import load_policy_llm
+from mara_rl.llm.policy_llm import load_policy_llm
 from mara_rl.score_models.own_pairs import (
     ANSWERS_PER_PROMPT,
     OwnAnswers,

@@ -2,7 +2,7 @@ import random
 
 import pytest
 
-from mara_rl.errors import DataError
+from mara_rl.common.errors import DataError
 from mara_rl.score_models.pairs import Pair, draw_prompts, read_rows, write_rows
 
 GOOD = '{"prompt": "p", "chosen": "c", "rejected": ""}'

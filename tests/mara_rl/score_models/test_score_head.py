@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mara_rl.errors import DataError
+from mara_rl.common.errors import DataError
 from mara_rl.score_models.pairs import Pair
 from mara_rl.score_models.score_head import PairFeatures, fit_gate, fit_head
 

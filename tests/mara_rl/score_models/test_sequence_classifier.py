@@ -3,7 +3,7 @@ import torch
 from tiny_checkpoints import TEXTS, tiny_tokenizer, write_classifier
 from transformers import LlamaForSequenceClassification
 
-from mara_rl.errors import DataError
+from mara_rl.common.errors import DataError
 from mara_rl.score_models.loading import load_score_model
 
 

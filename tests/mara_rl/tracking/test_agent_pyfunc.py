@@ -10,9 +10,9 @@ import pytest
 import torch
 from mlflow.exceptions import MlflowException
 
-from mara_rl.agent_files import load_agent
-from mara_rl.tracking.run import TrackingRun
+from mara_rl.agents.agent_files import load_agent
 from mara_rl.tracking.store import mlflow_client
+from mara_rl.tracking.tracking_run import TrackingRun
 
 
 def inputs(rows: int, prefix: bool) -> dict[str, np.ndarray]:

@@ -3,7 +3,7 @@ import pytest
 import torch
 from mlflow.utils.validation import _validate_metric_name, _validate_param
 
-from mara_rl.errors import DataError
+from mara_rl.common.errors import DataError
 from mara_rl.tracking.flat_values import flat_metrics, flat_params, plain_key
 
 

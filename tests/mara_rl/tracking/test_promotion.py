@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from mara_rl.errors import DataError
-from mara_rl.preference import preference_rate
+from mara_rl.common.errors import DataError
+from mara_rl.metrics.preference import preference_rate
 from mara_rl.tracking.promotion import PromotionEvidence, refusal
 
 

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 
-from mara_rl.agent import Agent
-from mara_rl.agent_files import agent_sha256, load_agent
-from mara_rl.errors import ConfigError, DataError, RetryableError
-from mara_rl.preference import preference_rate
+from mara_rl.agents.agent import Agent
+from mara_rl.agents.agent_files import agent_sha256, load_agent
+from mara_rl.common.errors import ConfigError, DataError, RetryableError
+from mara_rl.metrics.preference import preference_rate
 from mara_rl.tracking.promotion import PromotionEvidence
 from mara_rl.tracking.registry import (
     AgentRegistry,
@@ -16,8 +16,8 @@ from mara_rl.tracking.registry import (
     resolve_agent,
     source_tags,
 )
-from mara_rl.tracking.run import TrackingRun
 from mara_rl.tracking.store import mlflow_client
+from mara_rl.tracking.tracking_run import TrackingRun
 
 
 def evidence(wins: int, losses: int, champion: int | None = None) -> PromotionEvidence:

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from mara_rl.errors import ConfigError, RetryableError
+from mara_rl.common.errors import ConfigError, RetryableError
 from mara_rl.tracking.store import (
     experiment_id,
     hide_credentials,

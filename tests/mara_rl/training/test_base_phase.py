@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 
+from mara_rl.common.errors import RetryableError
 from mara_rl.decoding.answer import DecodedAnswer
-from mara_rl.errors import RetryableError
 from mara_rl.training.base_phase import openings_of, prompts_of, score_in_batches, spread
 from mara_rl.training.config import WarmStartConfig
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from mara_rl.errors import ConfigError
+from mara_rl.common.errors import ConfigError
 from mara_rl.training.config import load_config, preset_names
 
 

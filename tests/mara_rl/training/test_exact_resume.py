@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from training_runs import POISON, TinyModels, TrainingProcess, all_metrics, iterations, write_config
 
-from mara_rl.training.checkpoint import load_newest_checkpoint
-from services.prompt_epochs import QueuePosition, Ticket, epoch_order
+from mara_rl.training.run.checkpoint import load_newest_checkpoint
+from services.prompt_queue.prompt_epochs import QueuePosition, Ticket, epoch_order
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster]
 

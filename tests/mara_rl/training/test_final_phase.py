@@ -10,19 +10,19 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mara_rl.agent import Agent, AgentSpec
-from mara_rl.agent_files import save_agent
+from mara_rl.agents.agent import Agent, AgentSpec
+from mara_rl.agents.agent_files import save_agent
+from mara_rl.common.display import Display
+from mara_rl.common.errors import DataError
 from mara_rl.decoding.answer import DecodedAnswer
-from mara_rl.display import Display
-from mara_rl.errors import DataError
+from mara_rl.prompts.prompt_files import PromptRecord
 from mara_rl.tracking.promotion import PromotionEvidence, refusal
 from mara_rl.tracking.registry import AgentRegistry
-from mara_rl.tracking.run import TrackingRun
+from mara_rl.tracking.tracking_run import TrackingRun
 from mara_rl.training.config import load_config
 from mara_rl.training.final_phase import HeldoutEvaluation, register
-from mara_rl.training.run_folder import RunFolder, remove_folder
-from services.prompt_files import PromptRecord
-from services.score_client import ScoreClientConfig
+from mara_rl.training.run.run_folder import RunFolder, remove_folder
+from services.scoring.score_client import ScoreClientConfig
 
 COUNT = 40
 

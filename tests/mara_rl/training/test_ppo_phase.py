@@ -11,18 +11,18 @@ import redis
 from ray.exceptions import ActorDiedError
 from rich.console import Console
 
-from mara_rl.display import Display
-from mara_rl.errors import RetryableError
+from mara_rl.common.display import Display
+from mara_rl.common.errors import RetryableError
 from mara_rl.training import ppo_phase
-from mara_rl.training.checkpoint import TrainState, load_newest_checkpoint
 from mara_rl.training.config import load_config
-from mara_rl.training.learners import Learners
-from mara_rl.training.lost_part import LostPart
+from mara_rl.training.faults.lost_part import LostPart
 from mara_rl.training.ppo_phase import PPOPhase
-from mara_rl.training.rollout_group import Faults
-from mara_rl.training.run_folder import RunFolder
-from services.prompt_epochs import QueuePosition
-from services.prompt_queue import QueueLost
+from mara_rl.training.rllib.learners import Learners
+from mara_rl.training.rllib.rollout_group import Faults
+from mara_rl.training.run.checkpoint import TrainState, load_newest_checkpoint
+from mara_rl.training.run.run_folder import RunFolder
+from services.prompt_queue.prompt_epochs import QueuePosition
+from services.prompt_queue.prompt_queue import QueueLost
 
 
 class LocalLearner:

@@ -14,8 +14,8 @@ from tiny_checkpoints import BeaverFolder
 from training_runs import COMMAND
 
 from mara_rl.training.config import load_config
-from mara_rl.training.run_folder import RunFolder, RunOutcome
-from services.redis_server import connect, redis_url
+from mara_rl.training.run.run_folder import RunFolder, RunOutcome
+from services.cluster.redis_server import connect, redis_url
 
 pytestmark = pytest.mark.slow
 

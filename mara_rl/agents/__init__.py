@@ -1,0 +1,1 @@
+"""The agent: its network, its files, its names."""

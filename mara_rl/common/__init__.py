@@ -1,0 +1,1 @@
+"""What every package needs: errors, settings, files, the terminal."""

@@ -1,0 +1,1 @@
+"""The frozen policy LLM: loading, slots, attention, candidates."""

@@ -1,0 +1,1 @@
+"""Preference rates, bootstrap intervals, text quality."""

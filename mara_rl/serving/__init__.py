@@ -1,1 +1,0 @@
-"""The aligned-generation endpoint, put together: LLM, registry, scores, Ray Serve."""

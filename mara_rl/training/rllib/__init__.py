@@ -1,0 +1,1 @@
+"""PPO in RLlib: module, connectors, learner, rollout actors."""

@@ -1,0 +1,1 @@
+"""Ray and Redis: sessions, servers, what an actor reserves."""

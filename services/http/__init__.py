@@ -1,0 +1,1 @@
+"""What HTTP APIs share: keys, errors, disconnects."""

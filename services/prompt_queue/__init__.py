@@ -1,0 +1,1 @@
+"""Prompt queues in Redis."""

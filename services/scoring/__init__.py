@@ -1,0 +1,1 @@
+"""Score services: Ray Serve deployments and their clients."""
