@@ -10,7 +10,7 @@ from evaluate_command import N, common
 
 from mara_rl.cli import app
 from mara_rl.common.errors import RetryableError
-from mara_rl.evaluation import run as evaluation_run
+from mara_rl.evaluation import evaluation as evaluation_module
 from mara_rl.tracking.promotion import PromotionEvidence, refusal
 from mara_rl.tracking.registry import AgentRegistry
 from mara_rl.tracking.store import tracking_uri
@@ -128,8 +128,8 @@ def test_the_version_that_was_evaluated_gets_the_figures(
             registry.register("mara-tiny", run.log_agent(Path(made["agent"])), {})
 
     register()
-    made_report = evaluation_run.write_report
-    monkeypatch.setattr(evaluation_run, "write_report", lambda *a: (made_report(*a), register()))
+    made_report = evaluation_module.write_report
+    monkeypatch.setattr(evaluation_module, "write_report", lambda *a: (made_report(*a), register()))
     status, text, err = evaluate(
         *common(made)[2:],
         "--agent", "models:/mara-tiny@candidate", "--methods", "base,agent", "--track",

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from mara_rl.common.display import Display
 from mara_rl.common.errors import ConfigError, RetryableError
-from mara_rl.training import patience as patience_module
+from mara_rl.training.faults import patience as patience_module
 from mara_rl.training.faults.patience import patience
 
 

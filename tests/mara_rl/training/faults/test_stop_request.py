@@ -12,7 +12,6 @@ from typer.testing import CliRunner
 
 from mara_rl.cli.app import app
 from mara_rl.common.display import Display
-from mara_rl.training import train
 from mara_rl.training.faults.stop_request import Interrupted, StopRequest
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -70,7 +69,7 @@ def test_the_command_says_how_to_go_on_and_by_what_it_was_stopped(
         raise Interrupted(signum)
 
     monkeypatch.setenv("MARA_HOME", str(tmp_path))
-    monkeypatch.setattr(train, "train", stopped)
+    monkeypatch.setattr(training_run, "train", stopped)
     done = CliRunner().invoke(app, ["train", "quickstart", "--run", "mine"])
     assert done.exit_code == status
     assert "interrupted: continue with `mara-rl train --resume mine`" in done.output

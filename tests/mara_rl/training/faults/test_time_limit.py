@@ -8,7 +8,7 @@ import pytest
 import ray
 
 from mara_rl.common.errors import RetryableError
-from mara_rl.training import time_limit as time_limit_module
+from mara_rl.training.faults import time_limit as time_limit_module
 from mara_rl.training.faults.time_limit import time_limit
 from services.cluster.ray_session import ray_session
 

@@ -7,8 +7,8 @@ import pytest
 
 from mara_rl.common.errors import DataError, RetryableError
 from mara_rl.decoding.answer import DecodedAnswer
-from mara_rl.training import rollout_group
 from mara_rl.training.config import load_config
+from mara_rl.training.rllib import rollout_group
 from mara_rl.training.rllib.rollout_group import Faults, RolloutGroup
 
 SLOTS = 4

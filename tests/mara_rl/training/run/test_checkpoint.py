@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mara_rl.common.errors import DataError
-from mara_rl.training import checkpoint
+from mara_rl.training.run import checkpoint
 from mara_rl.training.run.checkpoint import TrainState, load_newest_checkpoint, save_checkpoint
 
 LEARNER = {
