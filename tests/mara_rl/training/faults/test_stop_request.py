@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from mara_rl.cli.app import app
 from mara_rl.common.display import Display
+from mara_rl.training import training_run
 from mara_rl.training.faults.stop_request import Interrupted, StopRequest
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
