@@ -2,7 +2,6 @@
 
 import importlib
 import re
-import tomllib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from ray._private.runtime_env.packaging import create_package
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
+from mara_rl import __version__
 from mara_rl.training.config import load_config, preset_names
 from mara_rl.training.run.session import resource_plan
 from services.endpoint.endpoint_config import EndpointConfig
@@ -151,14 +151,13 @@ def test_the_ray_job_trains_a_preset_that_fits_its_workers() -> None:
 
 
 def test_versions_of_images_and_of_ray_are_those_of_the_package() -> None:
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     compose = yaml.safe_load((DEPLOY / "compose.yaml").read_text())["services"]
     ray_up = yaml.safe_load((DEPLOY / "ray-cluster.yaml").read_text())
     images = {container["image"] for container in containers()}
     images |= {service["image"] for service in compose.values()} | {ray_up["docker"]["image"]}
     assert {image.partition(":")[0] for image in images} == {"mara-rl", "redis"}
     assert len(images) == 2, "one version of each"
-    assert f"mara-rl:{project['version']}" in images
+    assert f"mara-rl:{__version__}" in images
     pinned = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert pinned is not None
     clusters = [m["spec"]["rayClusterSpec"] for m in by_kind("RayJob")]
