@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import tomllib
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
