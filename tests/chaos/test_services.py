@@ -10,7 +10,7 @@ from mlflow_servers import MLflowServer
 from tiny_checkpoints import deepened
 from training_runs import REPLICA, iterations, metric_history
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+pytestmark = pytest.mark.slow
 
 
 REPEATED = r"scores were asked for again (\d+) times: score 'reward' from app 'reward'"
@@ -35,6 +35,7 @@ def test_a_reward_replica_dies_in_mid_call(chaos, models, tmp_path: Path) -> Non
     assert not re.search(DROPPED, output)
 
 
+@pytest.mark.cluster
 def test_a_reward_replica_stays_away_beyond_the_deadline(chaos) -> None:
     """The answers of that time are dropped, counted, and asked for again."""
     run = chaos.start(scoring={"deadline_s": 2})
@@ -55,7 +56,7 @@ def retries(home: Path) -> float:
     return sum(value for _, value, _ in metric_history(home, "rollout/scoring_retries"))
 
 
-@pytest.mark.parametrize("data", ["with", "without"])
+@pytest.mark.parametrize("data", ["with", pytest.param("without", marks=pytest.mark.cluster)])
 def test_redis_dies_and_comes_back(chaos, data: str) -> None:
     run = chaos.start(rollouts={"num_runners": 2})
     run.until_iteration(3)
@@ -78,6 +79,7 @@ def test_redis_dies_and_comes_back(chaos, data: str) -> None:
     assert len(lost) == (data == "without")
 
 
+@pytest.mark.cluster
 def test_mlflow_is_away_for_a_minute(chaos, mlflow_server: MLflowServer) -> None:
     chaos.env["MLFLOW_TRACKING_URI"] = mlflow_server.uri
     run = chaos.start()

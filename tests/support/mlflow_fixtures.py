@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mlflow_servers import MLflowServer
+from mlflow_servers import MLflowDoor, MLflowServer
 
 from mara_rl.agents.agent import Agent, AgentSpec
 from mara_rl.agents.agent_files import save_agent
@@ -40,15 +40,11 @@ def mlflow_server(
 
 
 @pytest.fixture
-def own_server(migrated_db: Path, tmp_path: Path) -> Iterator[MLflowServer]:
-    """A server of this test alone, which it may kill and start again."""
-    folder = tmp_path / "server"
-    folder.mkdir()
-    shutil.copy(migrated_db, folder)
-    server = MLflowServer(folder)
-    server.start()
-    yield server
-    server.kill()
+def own_server(mlflow_server: MLflowServer) -> Iterator[MLflowDoor]:
+    """A server that this test alone may kill and start again."""
+    door = MLflowDoor(mlflow_server)
+    yield door
+    door.kill()
 
 
 @pytest.fixture(params=[pytest.param("server", marks=pytest.mark.slow), "sqlite"])

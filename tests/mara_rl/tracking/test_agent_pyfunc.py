@@ -8,7 +8,9 @@ import mlflow.pyfunc
 import numpy as np
 import pytest
 import torch
+from linked_packages import link_packages
 from mlflow.exceptions import MlflowException
+from packaging.requirements import Requirement
 
 from mara_rl.agents.agent_files import load_agent
 from mara_rl.tracking.store import mlflow_client
@@ -92,27 +94,25 @@ def test_the_registered_model_loads_where_only_its_requirements_are(
     requirements = mlflow.artifacts.download_artifacts(
         f"{location}/requirements.txt", dst_path=tmp_path, tracking_uri=mlflow_server.uri
     )
-    packages = [line.split("==")[0] for line in Path(requirements).read_text().splitlines()]
-    assert packages == ["mlflow", "numpy", "torch"]
+    needed = [Requirement(line) for line in Path(requirements).read_text().splitlines()]
+    assert [requirement.name for requirement in needed] == ["mlflow", "numpy", "torch"]
 
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
-    python = tmp_path / "venv" / "bin" / "python"
-    index = os.environ.get("TORCH_INDEX")
-    options = ["--extra-index-url", index] if index else []
-    subprocess.run(
-        [python, "-m", "pip", "install", "-q", *options, "-r", requirements],
-        check=True,
-        timeout=800,
-    )
+    packages = link_packages(tmp_path / "packages", needed)
     values = inputs(4, prefix=True)
-    clean = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     answer = subprocess.run(
-        [python, "-c", PREDICT, mlflow_server.uri, "models:/mara-clean-venv@candidate"],
+        [
+            sys.executable,
+            "-S",
+            "-c",
+            PREDICT,
+            mlflow_server.uri,
+            "models:/mara-clean-venv@candidate",
+        ],
         input=json.dumps({name: value.tolist() for name, value in values.items()}),
         capture_output=True,
         text=True,
         cwd=tmp_path,
-        env=clean,
+        env={**os.environ, "PYTHONPATH": str(packages)},
     )
     assert answer.returncode == 0, answer.stderr
     found = json.loads(answer.stdout.splitlines()[-1])

@@ -1,10 +1,12 @@
 """`mara-rl train` for real: Ray, Serve, Redis, MLflow, PPO, registry; only the models are tiny."""
 
+import functools
 import json
 import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import yaml
 from tiny_checkpoints import BeaverFolder
 from training_runs import COMMAND
 
+from mara_rl.cli.app import main
 from mara_rl.training.config import load_config
 from mara_rl.training.run.run_folder import RunFolder, RunOutcome
 from services.cluster.redis_server import connect, redis_url
@@ -85,6 +88,19 @@ def mara_rl(*arguments: str, timeout_s: float = 400) -> subprocess.CompletedProc
     )
 
 
+def in_this_process(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: str
+) -> tuple[int, str, str]:
+    """Exit status and what is printed, for commands that end before anything is trained."""
+    monkeypatch.setattr(sys, "argv", ["mara-rl", *arguments])
+    status = 0
+    try:
+        main()
+    except SystemExit as ended:
+        status = int(ended.code or 0)
+    return status, *capsys.readouterr()
+
+
 def test_a_run_trains_compares_registers_and_resumes(config: Path, home: Path) -> None:
     done = mara_rl("train", str(config))
     assert done.returncode == 0, done.stderr
@@ -134,21 +150,24 @@ def lifetime_of_queues_s() -> int:
     return seconds
 
 
-def test_a_run_by_name_is_left_alone_once_done_and_by_another_config(home: Path) -> None:
+def test_a_run_by_name_is_left_alone_once_done_and_by_another_config(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = load_config("quickstart")
     folder = RunFolder.named("mine", settings)
-    other = mara_rl("train", "quickstart", "--set", "seed=1", "--run", "mine")
-    assert other.returncode == 1
-    assert "run 'mine' was started with another config (seed 0, not 1)" in other.stderr
+    command = functools.partial(in_this_process, monkeypatch, capsys, "train")
+    status, _, error = command("quickstart", "--set", "seed=1", "--run", "mine")
+    assert status == 1
+    assert "run 'mine' was started with another config (seed 0, not 1)" in error
     with folder.claimed():
         second = mara_rl("train", "--resume", "mine")
     assert second.returncode == 1
     assert "error: run 'mine' is being trained by another process" in second.stderr
     assert RunFolder.open("mine")[1] == settings
     folder.finish(RunOutcome(run="mine", agent_uri="models:/mara-x/1", preference_rate=None))
-    done = mara_rl("train", "quickstart", "--run", "mine")
-    assert done.returncode == 0
-    assert "done before: models:/mara-x/1" in done.stdout
+    status, output, _ = command("quickstart", "--run", "mine")
+    assert status == 0
+    assert "done before: models:/mara-x/1" in output
 
 
 def test_signals_to_stop_save_and_the_run_resumes(config: Path, home: Path) -> None:
@@ -225,10 +244,15 @@ def test_signals_to_stop_save_and_the_run_resumes(config: Path, home: Path) -> N
     ],
 )
 def test_bad_input_is_named_on_one_line(
-    session_home: Path, arguments: list[str], status: int, message: str
+    session_home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    status: int,
+    message: str,
 ) -> None:
-    done = mara_rl(*arguments)
-    assert done.returncode == status
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+    found, _, error = in_this_process(monkeypatch, capsys, *arguments)
+    assert found == status
+    assert message in error
+    assert "Traceback" not in error
     assert not list(session_home.glob("*/config.yaml")), "a run that never began leaves no folder"
