@@ -21,7 +21,7 @@ class EndpointMetrics:
         self._requests = metrics.Counter(
             "mara_requests_total",
             "HTTP requests by route and status; 499: the client left",
-            ("route", "status"),
+            ("route", "status"),  # type: ignore[arg-type]  # Ray's annotation is of one
         )
         self._seconds = metrics.Histogram(
             "mara_request_seconds",

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -17,8 +18,8 @@ from services.http.api_errors import ApiError
 
 logger = logging.getLogger(__name__)
 
-_OWN = ("mara_", "process_")
 _PREFIX = "ray_"  # before every name on Ray's pages
+_OWN_LINE = re.compile(rf"(# (HELP|TYPE) )?{_PREFIX}(mara|process)_")
 _LABELS = ("application", "deployment", "replica", "route", "status", "kind", "reason", "le")
 _TIMEOUT_S = 5.0
 
@@ -77,5 +78,4 @@ class _EndpointMetricsOf(Collector):
 
 def _own_lines(page: str) -> str:
     """A page of Ray has hundreds of kilobytes, and parsing is slow."""
-    starts = tuple(f"{before}{_PREFIX}{own}" for before in ("", "# HELP ", "# TYPE ") for own in _OWN)
-    return "".join(f"{line}\n" for line in page.splitlines() if line.startswith(starts))
+    return "".join(f"{line}\n" for line in page.splitlines() if _OWN_LINE.match(line))

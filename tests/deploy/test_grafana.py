@@ -73,13 +73,17 @@ def test_every_metric_is_exported_by_something(
     assert len(used) > 15
     unknown = used - own_metrics.keys() - ray_metrics
     assert not unknown
-    assert own_metrics.keys() - {
-        "ray_mara_candidates_looked_total",  # what speed costs, not a state to watch
-        "ray_mara_request_seconds_count",
-        "ray_mara_request_seconds_sum",
-        "ray_mara_time_to_first_token_seconds_count",
-        "ray_mara_time_to_first_token_seconds_sum",
-    } <= used, "a metric of the endpoint has no panel"
+    assert (
+        own_metrics.keys()
+        - {
+            "ray_mara_candidates_looked_total",  # what speed costs, not a state to watch
+            "ray_mara_request_seconds_count",
+            "ray_mara_request_seconds_sum",
+            "ray_mara_time_to_first_token_seconds_count",
+            "ray_mara_time_to_first_token_seconds_sum",
+        }
+        <= used
+    ), "a metric of the endpoint has no panel"
 
 
 def test_gauges_of_the_decoder_are_added_over_the_replicas() -> None:

@@ -652,7 +652,7 @@ def test_metrics_count_what_was_done(llm):
     route = f'{told},replica="test",route="/v1/chat/completions"'
     assert lines[f'mara_requests_total{{{route},status="200"}}'] == "2.0"
     assert lines[f'mara_requests_total{{{route},status="404"}}'] == "1.0"
-    assert lines[f'mara_request_seconds_count{{{route}}}'] == "3.0"
+    assert lines[f"mara_request_seconds_count{{{route}}}"] == "3.0"
     assert lines[f'mara_slots{{{told},replica="test"}}'] == "3.0"
     assert lines[f'mara_slots_in_use{{{told},replica="test"}}'] == "0.0"
     assert lines[f'mara_waiting_answers{{{told},replica="test"}}'] == "0.0"
@@ -675,4 +675,3 @@ def metrics_with(url: str, name: str, value: str) -> dict[str, str]:
         text = requests.get(f"{url}/metrics", timeout=30).text
         lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
     return lines
-
