@@ -93,10 +93,14 @@ class Soak:
             return "200" if last == "data: [DONE]" else f"broke off: {last[:80]}"
 
     async def metric(self, name: str) -> float:
-        text = (await self.client.get("/metrics")).text
-        found = re.search(rf"^{name}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)
-        assert found is not None, name
-        return float(found[1])
+        """Of all replicas together; waits for the first report after a start."""
+        async with asyncio.timeout(30):
+            while True:
+                text = (await self.client.get("/metrics")).text
+                found = re.findall(rf"^{name}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)
+                if found:
+                    return sum(map(float, found))
+                await asyncio.sleep(0.1)
 
     async def run(self, count: int, concurrent: int, seed: int) -> None:
         places = asyncio.Semaphore(concurrent)

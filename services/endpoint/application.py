@@ -33,7 +33,6 @@ class AlignedLLM:
         context = serve.get_replica_context()
         self._endpoint = make_endpoint(
             config,
-            replica=context.replica_tag,
             deployed=deployed,
             others_loaded=lambda: _running_replicas() > 1,
         )

@@ -33,7 +33,6 @@ class Endpoint:
         keys: ApiKeys,
         limits: ApiLimits,
         *,
-        replica: str = "",
         log_text: bool = False,
         others_loaded: Callable[[], bool] = lambda: False,
     ) -> None:
@@ -44,7 +43,7 @@ class Endpoint:
         """
         self.keys = keys
         self.limits = limits
-        self.metrics = EndpointMetrics(replica)
+        self.metrics = EndpointMetrics()
         self.log_text = log_text
         self._make_backend = make_backend
         self._others_loaded = others_loaded
@@ -101,6 +100,7 @@ class Endpoint:
         if self._backend is not None:
             self._backend.loop.stop()
             self._backend.catalog.close()
+        self.metrics.close()
 
     @property
     def _loading(self) -> bool:

@@ -18,7 +18,6 @@ def make_endpoint(
     config: EndpointConfig,
     *,
     deployed: int,
-    replica: str = "",
     others_loaded: Callable[[], bool] = lambda: False,
 ) -> Endpoint:
     """An endpoint whose backend is still to be loaded; ``deployed`` in seconds since 1970.
@@ -37,7 +36,6 @@ def make_endpoint(
         functools.partial(_backend, config, deployed),
         ApiKeys(keys, max_concurrent=config.limits.max_concurrent),
         config.limits,
-        replica=replica,
         log_text=config.log_text,
         others_loaded=others_loaded,
     )

@@ -1,120 +1,106 @@
-"""Prometheus metrics of the endpoint."""
+"""What one replica tells Ray's metrics, which add replica, deployment and application to it."""
 
-from collections.abc import Iterator
+import threading
+from collections import Counter
+from collections.abc import Mapping
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Histogram,
-    ProcessCollector,
-    disable_created_metrics,
-    generate_latest,
-)
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+import psutil
+from ray.serve import metrics
 
 from services.endpoint.decode_loop import DecodeLoop
 
-_FIRST_TOKEN_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
-_REQUEST_S = (0.01, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
+_FIRST_TOKEN_S = [0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0]
+_REQUEST_S = [0.01, 0.1, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0]
+_REPORT_S = 1.0
 
 
 class EndpointMetrics:
-    """What one replica has done; every series carries its name as the label ``replica``."""
+    """Requests are counted as they end; the decode loop is read once a second, never by token."""
 
-    def __init__(self, replica: str) -> None:
-        disable_created_metrics()
-        self._registry = CollectorRegistry()
-        self._registry.register(_ProcessOfReplica(replica))
-        self._replica = replica
-        self._requests = Counter(
-            "mara_requests",
+    def __init__(self) -> None:
+        self._requests = metrics.Counter(
+            "mara_requests_total",
             "HTTP requests by route and status; 499: the client left",
-            ("replica", "route", "status"),
-            registry=self._registry,
+            ("route", "status"),  # type: ignore[arg-type]  # Ray's annotation is of one
         )
-        self._seconds = Histogram(
+        self._seconds = metrics.Histogram(
             "mara_request_seconds",
             "time from a request to the end of its answer",
-            ("replica", "route"),
-            buckets=_REQUEST_S,
-            registry=self._registry,
+            _REQUEST_S,
+            ("route",),
         )
-        self._first_token = Histogram(
+        self._first_token = metrics.Histogram(
             "mara_time_to_first_token_seconds",
             "time from a request to the first token of its answer, queueing included",
-            ("replica",),
-            buckets=_FIRST_TOKEN_S,
-            registry=self._registry,
+            _FIRST_TOKEN_S,
         )
+        self._slots = metrics.Gauge("mara_slots", "slots of the decoder")
+        self._in_use = metrics.Gauge("mara_slots_in_use", "slots that answers run in")
+        self._waiting = metrics.Gauge("mara_waiting_answers", "answers that wait for a slot")
+        self._memory = metrics.Gauge(
+            "process_resident_memory_bytes", "resident memory of the replica's process"
+        )
+        self._tokens = _Totals("mara_tokens_total", "tokens answered", "kind")
+        self._examined = _Totals(
+            "mara_candidates_examined_total",
+            "candidates that finished answers needed; tokens / examined is the accept rate",
+            "kind",
+        )
+        self._looked = _Totals(
+            "mara_candidates_looked_total", "candidates put through the LLM for them", "kind"
+        )
+        self._answers = _Totals("mara_answers_total", "answers by finish reason", "reason")
+        self._closed = threading.Event()
+        self._reporter: threading.Thread | None = None
 
     def request_done(self, route: str, status: int, seconds: float) -> None:
         """Count a request and the time until the last byte of its answer."""
-        self._requests.labels(self._replica, route, status).inc()
-        self._seconds.labels(self._replica, route).observe(seconds)
+        self._requests.inc(1, {"route": route, "status": str(status)})
+        self._seconds.observe(seconds, {"route": route})
 
     def first_token(self, seconds: float) -> None:
         """Count the time until a request had its first token."""
-        self._first_token.labels(self._replica).observe(seconds)
+        self._first_token.observe(seconds)
 
     def watch(self, loop: DecodeLoop) -> None:
-        """Report on a decode loop from now on."""
-        self._registry.register(_LoopCollector(loop, self._replica))
-
-    def text(self) -> bytes:
-        """In Prometheus' text format."""
-        return generate_latest(self._registry)
-
-
-class _ProcessOfReplica(ProcessCollector):
-    """Memory, CPU seconds and open files of this process, as those of a replica."""
-
-    def __init__(self, replica: str) -> None:
-        super().__init__(registry=None)
-        self._replica = replica
-
-    def collect(self) -> Iterator[Metric]:
-        for metric in super().collect():
-            metric.samples = [
-                sample._replace(labels={**sample.labels, "replica": self._replica})
-                for sample in metric.samples
-            ]
-            yield metric
-
-
-class _LoopCollector:
-    """Reads a loop's counters when they are asked for."""
-
-    def __init__(self, loop: DecodeLoop, replica: str) -> None:
-        self._loop = loop
-        self._replica = replica
-
-    def collect(self) -> Iterator[Metric]:
-        loop = self._loop
-        gauges = {
-            "mara_slots": ("slots of the decoder", loop.num_slots),
-            "mara_slots_in_use": ("slots that answers run in", loop.in_use),
-            "mara_waiting_answers": ("answers that wait for a slot", loop.waiting),
-        }
-        for name, (text, value) in gauges.items():
-            gauge = GaugeMetricFamily(name, text, labels=["replica"])
-            gauge.add_metric([self._replica], value)
-            yield gauge
-        counters = {
-            "mara_tokens": ("tokens answered", loop.tokens),
-            "mara_candidates_examined": (
-                "candidates that finished answers needed; tokens / examined is the accept rate",
-                loop.examined,
-            ),
-            "mara_candidates_looked": ("candidates put through the LLM for them", loop.looked),
-        }
-        for name, (text, by_kind) in counters.items():
-            counter = CounterMetricFamily(name, text, labels=["replica", "kind"])
-            for kind in ("base", "aligned"):
-                counter.add_metric([self._replica, kind], by_kind[kind])
-            yield counter
-        answers = CounterMetricFamily(
-            "mara_answers", "answers by finish reason", labels=["replica", "reason"]
+        """Report on a decode loop from now on, for the last time at `close`."""
+        self._reporter = threading.Thread(
+            target=self._keep_reporting, args=(loop,), name="endpoint-metrics", daemon=True
         )
-        for reason in ("stop", "length", "cancelled", "failed"):
-            answers.add_metric([self._replica, reason], loop.finished[reason])
-        yield answers
+        self._reporter.start()
+
+    def close(self) -> None:
+        """Report for the last time."""
+        self._closed.set()
+        if self._reporter is not None:
+            self._reporter.join()
+
+    def _keep_reporting(self, loop: DecodeLoop) -> None:
+        while not self._closed.wait(_REPORT_S):
+            self._report(loop)
+        self._report(loop)
+
+    def _report(self, loop: DecodeLoop) -> None:
+        self._slots.set(loop.num_slots)
+        self._in_use.set(loop.in_use)
+        self._waiting.set(loop.waiting)
+        self._memory.set(psutil.Process().memory_info().rss)
+        self._tokens.raise_to(loop.tokens)
+        self._examined.raise_to(loop.examined)
+        self._looked.raise_to(loop.looked)
+        self._answers.raise_to(loop.finished)
+
+
+class _Totals:
+    """A counter by one label that is told totals; Ray's takes what was added."""
+
+    def __init__(self, name: str, description: str, label: str) -> None:
+        self._counter = metrics.Counter(name, description, (label,))
+        self._label = label
+        self._told: Counter[str] = Counter()
+
+    def raise_to(self, totals: Mapping[str, int]) -> None:
+        for value, total in dict(totals).items():
+            if total > self._told[value]:
+                self._counter.inc(total - self._told[value], {self._label: value})
+                self._told[value] = total

@@ -12,6 +12,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 
+from mara_rl.common.environment import environment_variables
 from mara_rl.common.errors import ConfigError
 from services.cluster.ray_session import check_resources, ray_session
 from services.endpoint.endpoint_config import EndpointConfig
@@ -22,6 +23,7 @@ APP = "aligned"
 _POLL_S = 0.5
 _SCORE_CPUS = 0.1
 _LOAD_TIMEOUT_S = 900.0
+_FRESH_METRICS = {"RAY_metrics_report_interval_ms": "1000"}  # of a Ray that is started here
 
 
 def serve_locally(
@@ -52,7 +54,11 @@ def serve_locally(
     check_port(host, port)
     if config.log_file is not None:
         config.log_file.parent.mkdir(parents=True, exist_ok=True)
-    with ray_session() as ray, ending_signal() as ending:  # Ray sets signal handlers as well
+    with (
+        environment_variables(_FRESH_METRICS),
+        ray_session() as ray,
+        ending_signal() as ending,  # Ray sets signal handlers as well
+    ):
         from ray import serve
 
         from services.endpoint.application import application

@@ -19,6 +19,7 @@ from services.endpoint.answering import Answering
 from services.endpoint.api_gate import ApiGate
 from services.endpoint.decode_plan import Backend, find_agent, plan
 from services.endpoint.endpoint import Endpoint
+from services.endpoint.metrics_page import metrics_page
 from services.endpoint.openai_answers import ChatCompletion, ModelCard, ModelList, TextCompletion
 from services.endpoint.openai_requests import ChatRequest, CompletionRequest
 from services.endpoint.request_record import RequestRecord
@@ -129,7 +130,7 @@ def _add_operations(api: FastAPI, endpoint: Endpoint) -> None:
 
     @api.get("/metrics", include_in_schema=False)
     async def metrics() -> Response:
-        return Response(endpoint.metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await metrics_page(), media_type=CONTENT_TYPE_LATEST)
 
     @api.get("/", include_in_schema=False)
     async def playground() -> HTMLResponse:

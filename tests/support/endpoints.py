@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import uvicorn
+from ray_metrics import one_ray_node
 from small_agents import random_agent
 from starlette.types import ASGIApp
 
@@ -92,23 +93,23 @@ def running_endpoint(
     """Its URL, and the endpoint; a backend that is a function loads in the background."""
     limits = limits or ApiLimits()
     later = callable(backend)
-    endpoint = Endpoint(
-        backend if callable(backend) else lambda: backend,
-        ApiKeys(keys, max_concurrent=limits.max_concurrent),
-        limits,
-        replica="test",
-        log_text=log_text,
-        others_loaded=others_loaded,
-    )
-    if later:
-        endpoint.load_in_background()
-    else:
-        endpoint.load()
-    with serving(create_api(endpoint)) as url:
-        try:
-            yield url, endpoint
-        finally:
-            endpoint.close()  # first: the server waits for answers that still run
+    with one_ray_node():
+        endpoint = Endpoint(
+            backend if callable(backend) else lambda: backend,
+            ApiKeys(keys, max_concurrent=limits.max_concurrent),
+            limits,
+            log_text=log_text,
+            others_loaded=others_loaded,
+        )
+        if later:
+            endpoint.load_in_background()
+        else:
+            endpoint.load()
+        with serving(create_api(endpoint)) as url:
+            try:
+                yield url, endpoint
+            finally:
+                endpoint.close()  # first: the server waits for answers that still run
 
 
 @contextlib.contextmanager

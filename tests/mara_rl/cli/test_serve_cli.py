@@ -142,7 +142,7 @@ def test_the_endpoint_over_ray_serve(tiny_llms, tmp_path, monkeypatch):
     BeaverFolder(score).write()
     server = ServeProcess(
         tmp_path,
-        *("--llm", folder, "--slots", 2, "--threads", 1, "--set", "limits.max_answers=9"),
+        *("--llm", folder, "--slots", 2, "--threads", 1, "--set", "limits.max_answers=60"),
         *("--agent", f"local={tmp_path / 'agent-2'}", "--score", f"reward={score}"),
     )
     try:
@@ -152,8 +152,8 @@ def test_the_endpoint_over_ray_serve(tiny_llms, tmp_path, monkeypatch):
         assert [model.id for model in client.models.list()] == ["tiny-llm", "local", registered]
         with pytest.raises(openai.AuthenticationError):
             client.with_options(api_key="wrong-key-here").models.list()
-        with pytest.raises(openai.BadRequestError, match=r"\bn\b.* 9"):
-            client.chat.completions.create(model="local", messages=ASK, n=10)
+        with pytest.raises(openai.BadRequestError, match=r"\bn\b.* 60"):
+            client.chat.completions.create(model="local", messages=ASK, n=61)
         with pytest.raises(openai.BadRequestError, match="temperature"):
             client.chat.completions.create(model="local", messages=ASK, temperature=9)
 
@@ -179,11 +179,11 @@ def test_the_endpoint_over_ray_serve(tiny_llms, tmp_path, monkeypatch):
         leaving = ask("local", stream=True, max_tokens=200)
         next(iter(leaving))
         leaving.close()
-        until(lambda: in_use(metrics(server)) == 0)
+        until(lambda: left_and_freed(server, 1))
         leave_before_the_answer(
-            server, {"model": "local", "messages": ASK, "max_tokens": 200, "n": 9}
+            server, {"model": "local", "messages": ASK, "max_tokens": 200, "n": 60}
         )
-        until(lambda: in_use(metrics(server)) == 0)
+        until(lambda: left_and_freed(server, 2))
 
         running = ask("local", stream=True, max_tokens=200)
         next(iter(running))
@@ -263,13 +263,13 @@ def test_two_replicas_answer_as_one(tiny_llms, tmp_path, monkeypatch):
             assert len({answer.text for answer in told}) == 1, path
         tokens: dict[str, float] = {}
         deadline = time.monotonic() + 60
-        while len(tokens) < 2:  # a scrape reaches one of them
-            assert time.monotonic() < deadline, tokens
-            pattern = r'^mara_tokens_total\{kind="aligned",replica="(.+)"\} (.+)$'
+        expected = sum(count for _, _, count in answers)
+        while sum(tokens.values()) != expected:  # it takes seconds until all are on the page
+            assert time.monotonic() < deadline, (tokens, expected)
+            pattern = r'^mara_tokens_total\{.*kind="aligned",replica="(.+)"\} (.+)$'
             found = re.findall(pattern, metrics(server), re.MULTILINE)
-            tokens |= {replica: float(value) for replica, value in found}
-        assert all(tokens.values()), "one replica has done all the work"
-        assert sum(tokens.values()) == sum(count for _, _, count in answers)
+            tokens = {replica: float(value) for replica, value in found}
+        assert len(tokens) == 2, "one replica has done all the work"
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(timeout=60) == 0
     finally:
@@ -280,7 +280,7 @@ def leave_before_the_answer(server: ServeProcess, body: dict) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json"}
     connection.request("POST", "/v1/chat/completions", json.dumps(body), headers)
-    until(lambda: in_use(metrics(server)) > 0)
+    until(lambda: value("mara_slots_in_use", metrics(server)) > 0)
     connection.close()
 
 
@@ -288,9 +288,16 @@ def metrics(server: ServeProcess) -> str:
     return requests.get(f"{server.url}/metrics", timeout=30).text
 
 
-def in_use(text: str) -> float:
-    """Slots; −1 before a replica has said so."""
-    found = re.search(r"^mara_slots_in_use\{.*\} (.*)$", text, re.MULTILINE)
+def left_and_freed(server: ServeProcess, answers: int) -> bool:
+    """Whether so many answers or more were left, and no slot is taken any more."""
+    text = metrics(server)
+    left = value("mara_answers_total", text, 'reason="cancelled"')
+    return left >= answers and value("mara_slots_in_use", text) == 0
+
+
+def value(name: str, text: str, label: str = "") -> float:
+    """Of a metric of a server with one replica; −1 before it has said so."""
+    found = re.search(rf"^{name}\{{.*{label}.*\}} (.*)$", text, re.MULTILINE)
     return float(found[1]) if found else -1.0
 
 

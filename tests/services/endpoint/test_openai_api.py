@@ -505,7 +505,7 @@ def test_a_client_that_leaves_frees_its_slot(llm, stream):
         settle(endpoint)
         assert backend.loop.finished["cancelled"] == 2
         assert backend.loop.waiting == 0
-        assert 'status="499"' in endpoint.metrics.text().decode()
+        assert 'status="499"' in requests.get(f"{url}/metrics", timeout=30).text
 
 
 def test_while_it_loads_and_when_that_fails(llm):
@@ -644,15 +644,34 @@ def test_metrics_count_what_was_done(llm):
         chat(client), chat(client, LLM)
         with pytest.raises(openai.NotFoundError):
             chat(client, "nobody")
-        text = requests.get(f"{url}/metrics", timeout=30).text
-    lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-    route = 'replica="test",route="/v1/chat/completions"'
+        answers = 'mara_answers_total{application="aligned",deployment="AlignedLLM",reason="length"'
+        lines = metrics_with(url, f'{answers},replica="test"}}', "2.0")
+        chat(client)
+        later = metrics_with(url, f'{answers},replica="test"}}', "3.0")
+    told = 'application="aligned",deployment="AlignedLLM"'  # by Ray, in a replica
+    route = f'{told},replica="test",route="/v1/chat/completions"'
     assert lines[f'mara_requests_total{{{route},status="200"}}'] == "2.0"
     assert lines[f'mara_requests_total{{{route},status="404"}}'] == "1.0"
-    assert lines['mara_slots{replica="test"}'] == "3.0"
-    assert lines['mara_slots_in_use{replica="test"}'] == "0.0"
-    assert lines['mara_waiting_answers{replica="test"}'] == "0.0"
-    assert lines['mara_tokens_total{kind="aligned",replica="test"}'] == "10.0"
-    assert float(lines['mara_candidates_examined_total{kind="aligned",replica="test"}']) >= 10
-    assert lines['mara_time_to_first_token_seconds_count{replica="test"}'] == "2.0"
-    assert lines['mara_answers_total{reason="length",replica="test"}'] == "2.0"
+    assert lines[f"mara_request_seconds_count{{{route}}}"] == "3.0"
+    assert lines[f'mara_slots{{{told},replica="test"}}'] == "3.0"
+    assert lines[f'mara_slots_in_use{{{told},replica="test"}}'] == "0.0"
+    assert lines[f'mara_waiting_answers{{{told},replica="test"}}'] == "0.0"
+    aligned = f'{told},kind="aligned",replica="test"'
+    assert lines[f"mara_tokens_total{{{aligned}}}"] == "10.0"
+    assert later[f"mara_tokens_total{{{aligned}}}"] == "20.0"
+    assert float(lines[f"mara_candidates_examined_total{{{aligned}}}"]) >= 10
+    assert float(lines[f"mara_candidates_looked_total{{{aligned}}}"]) >= 10
+    assert lines[f'mara_time_to_first_token_seconds_count{{{told},replica="test"}}'] == "2.0"
+    assert float(lines[f'process_resident_memory_bytes{{{told},replica="test"}}']) > 1e7
+
+
+def metrics_with(url: str, name: str, value: str) -> dict[str, str]:
+    """The page of metrics by name once one of them has come to a value."""
+    deadline = time.monotonic() + 10
+    lines: dict[str, str] = {}
+    while lines.get(name) != value:
+        assert time.monotonic() < deadline, lines
+        time.sleep(0.05)
+        text = requests.get(f"{url}/metrics", timeout=30).text
+        lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    return lines
