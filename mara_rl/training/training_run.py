@@ -1,7 +1,6 @@
 """A training run from start to registered agent."""
 
 import contextlib
-import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,6 +35,7 @@ from mara_rl.training.run.prompt_sets import fitting_prompts, tell_of_shared_pro
 from mara_rl.training.run.run_folder import RunFolder, RunOutcome, remove_folder
 from mara_rl.training.run.run_names import EXPERIMENT, queue_name
 from mara_rl.training.run.session import Session, actor_plan, training_session
+from services.cluster.ray_internals import silence_hints
 from services.cluster.ray_session import await_room
 from services.cluster.redis_server import redis_errors
 from services.prompt_queue.prompt_queue import PromptQueue
@@ -70,9 +70,7 @@ def train(
     spec = config.agent_spec(llm_hidden_size(config.llm.name))
     if config.driver_torch_threads is not None:
         torch.set_num_threads(config.driver_torch_threads)
-    # Deprecations and hints that no user can act on.
-    for name in ("ray.rllib", "ray.tune", "ray._common.deprecation"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    silence_hints()
     resumed = load_newest_checkpoint(folder.checkpoints)
     with StopRequest(display) as stop, contextlib.ExitStack() as stack:
         # A run that is begun has met them before: they may be on their way up, like itself.

@@ -20,6 +20,7 @@ from mara_rl.training.rllib.connectors import (
     StandardizedAdvantages,
 )
 from mara_rl.training.rllib.decision_episodes import DecisionEpisodes
+from services.cluster.ray_internals import append_learner_connector
 from services.prompt_queue.prompt_source import PromptSourceConfig, RedisPromptSource
 from services.scoring.score_client import ScoreClient, ScoreClientConfig
 
@@ -29,8 +30,7 @@ class AcceptLearner(PPOTorchLearner):
 
     def build(self) -> None:
         super().build()
-        pipeline: Any = self._learner_connector
-        pipeline.append(StandardizedAdvantages())
+        append_learner_connector(self, StandardizedAdvantages())
 
 
 class AcceptPPO(PPO):

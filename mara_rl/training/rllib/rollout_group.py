@@ -18,7 +18,11 @@ from mara_rl.decoding.blend import Blend
 from mara_rl.decoding.decoder import Decoder
 from mara_rl.decoding.request import DecodeRequest, DecodeSettings
 from mara_rl.training.config import TrainConfig
-from mara_rl.training.faults.actor_process import kill_process
+from services.cluster.ray_internals import (
+    drop_env_runners,
+    kill_env_runner,
+    reset_env_runner,
+)
 
 _MAX_ATTEMPTS = 3
 _PING_TIMEOUT_S = 10.0
@@ -190,9 +194,7 @@ class RolloutGroup:
         # Those found dead by that call are not among the healthy ones any more.
         silent = [i for i in self._group.healthy_env_runner_ids() if i not in answering]
         for number in silent:
-            manager = self._group._worker_manager  # RLlib offers no other way to replace one
-            kill_process(manager.actors()[number])
-            manager.set_actor_state(number, healthy=False)
+            kill_env_runner(self._group, number)
         return silent
 
     def stop(self) -> None:
@@ -206,7 +208,7 @@ class RolloutGroup:
             local_env_runner=False,
             timeout_seconds=_PING_TIMEOUT_S,
         )
-        self._group._worker_manager.clear()
+        drop_env_runners(self._group)
 
     def _revive(self) -> list[int]:
         """Bring back the actors that died or hang, as far as they are up again; their numbers."""
@@ -257,9 +259,9 @@ def seed_everything(seed: int) -> None:
 
 
 def _restart(runner: Any, seed: int, iteration: int) -> None:
-    runner._seed = derived_seed(seed, iteration, runner.worker_index)
-    runner._needs_initial_reset = True
-    seed_everything(runner._seed)
+    own_seed = derived_seed(seed, iteration, runner.worker_index)
+    reset_env_runner(runner, own_seed)
+    seed_everything(own_seed)
 
 
 def _take_faults(runner: Any) -> Faults:
