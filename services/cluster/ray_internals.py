@@ -122,7 +122,10 @@ def kill_env_runner(group: Any, number: int) -> None:
 
 
 def drop_env_runners(group: Any) -> None:
-    """End the actors of an EnvRunnerGroup. Missing: a stop that does not wait for those that hang."""
+    """End the actors of an EnvRunnerGroup.
+
+    Missing: a stop that does not wait for those that hang.
+    """
     group._worker_manager.clear()
 
 

@@ -9,10 +9,9 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.evaluation.postprocessing import Postprocessing
 
 from envs.observation import BASE_LOGIT
+from mara_rl.training.rllib.iteration_figures import METRICS
 from services.cluster.redis_server import redis_errors
 from services.prompt_queue.prompt_source import PromptSourceConfig
-
-METRICS = "mara"
 
 
 class SampledKLReward(ConnectorV2):

@@ -12,8 +12,7 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from envs.accept_reject_task import Answer
 from envs.observation import FORCED
-
-METRICS = "mara"
+from mara_rl.training.rllib.iteration_figures import METRICS
 
 
 class DecisionEpisodes(RLlibCallback):

@@ -8,8 +8,9 @@ import pytest
 from mara_rl.common.errors import DataError, RetryableError
 from mara_rl.decoding.answer import DecodedAnswer
 from mara_rl.training.config import load_config
+from mara_rl.training.faults.fault_report import Faults
 from mara_rl.training.rllib import rollout_group
-from mara_rl.training.rllib.rollout_group import Faults, RolloutGroup
+from mara_rl.training.rllib.rollout_group import RolloutGroup
 
 SLOTS = 4
 
