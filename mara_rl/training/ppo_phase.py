@@ -8,6 +8,7 @@ from mara_rl.training.faults.fault_report import FaultReport
 from mara_rl.training.faults.lost_part import LostPart
 from mara_rl.training.rllib.iteration_figures import (
     iteration_figures,
+    learned_entries,
     progress_note,
     rows_trained,
 )
@@ -32,7 +33,6 @@ class PPOPhase:
         self._state = state
         self._faults = FaultReport(run.config, run.display)
         self._rows_trained = 0.0
-        self._unsure = False  # whether Redis has noted prompts whose batch was dropped
         self._dropped_samples = 0
         self._answers = self._rewards = 0.0  # since the last checkpoint
         # A resumed run starts from the checkpoint of its iteration.
@@ -99,21 +99,15 @@ class PPOPhase:
         """One iteration's metrics; None when it brought no update."""
         # Before the update actors may take this twice: to get ready, and to sample.
         actors_s = 2 * self._run.config.rollouts.sample_timeout_s
-        figures = None
-        try:
-            with self._workers.learners.watched(actors_s):  # of actors RLlib raises nothing
-                result = self._workers.algorithm.train()
-            rows = rows_trained(result)
-            if rows > self._rows_trained:
-                self._rows_trained = rows
-                figures = iteration_figures(result)
-        except LostPart:
-            raise
-        except RetryableError as error:  # Redis went away as the prompts of a batch were noted
-            self._faults.outage(error)
-            self._unsure = True
+        with self._workers.learners.watched(actors_s):  # of actors RLlib raises nothing
+            result = self._workers.algorithm.train()
         self._replace_silent_runners()
-        return figures
+        rows = rows_trained(result)
+        if rows <= self._rows_trained:
+            return None
+        self._rows_trained = rows
+        self._queue.learned_from(learned_entries(result))
+        return iteration_figures(result)
 
     def _replace_silent_runners(self) -> None:
         dropped = self._workers.runners.num_dropped_samples
@@ -123,21 +117,14 @@ class PPOPhase:
                 self._faults.replaced(number)
 
     def _queue_figures(self) -> dict[str, float]:
-        """The queue's metrics, {} while Redis is away.
-
-        Raises LostPart when the queue is gone, or may hold as delivered what was not learned from.
-        """
+        """The queue's metrics, {} while Redis is away. Raises LostPart when the queue is gone."""
         try:
-            figures = self._queue.figures()
+            return self._queue.figures()
         except LostPart:
             raise
         except RetryableError as error:
             self._faults.outage(error)
             return {}
-        if self._unsure:
-            # Acknowledged with the next checkpoint, they would be lost.
-            raise LostPart("Redis was away when answers reached the learner")
-        return figures
 
     def _try_again_after(self, progress_s: float) -> None:
         """Tell why there was no update, and wait; the last one was at ``progress_s``."""

@@ -6,6 +6,9 @@ from typing import Any
 METRICS = "mara"
 """The key under which rollout actors and learners log metrics of their own."""
 
+ENTRY_IDS = "entry_ids"
+"""The metric that is a list: entries of the prompt queue whose last episode chunk was sampled."""
+
 
 def rows_trained(result: Mapping[str, Any]) -> float:
     """Rows trained on since the start; 0 where the iteration had no fresh samples."""
@@ -13,6 +16,11 @@ def rows_trained(result: Mapping[str, Any]) -> float:
         return 0.0
     learner = result.get("learners", {}).get("__all_modules__", {})
     return float(learner.get("num_module_steps_trained_lifetime", 0))
+
+
+def learned_entries(result: Mapping[str, Any]) -> list[str]:
+    """Entries of the prompt queue whose episodes ended in an iteration that brought an update."""
+    return list(result["env_runners"].get(METRICS, {}).get(ENTRY_IDS, []))
 
 
 def iteration_figures(result: Mapping[str, Any]) -> dict[str, float]:
@@ -51,7 +59,7 @@ def _rollout_figures(rollout: Mapping[str, Any]) -> dict[str, float]:
         if key == "reward" or key.startswith("score_"):
             if answers:
                 figures[f"rollout/{key}"] = float(value) / answers
-        else:
+        elif key != ENTRY_IDS:
             figures[f"rollout/{key}"] = float(value)
     return figures
 

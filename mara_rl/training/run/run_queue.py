@@ -1,6 +1,7 @@
 """A run's prompt queue in Redis: filled at the start, kept in step with its checkpoints."""
 
 import contextlib
+import uuid
 from collections.abc import Iterator
 
 from mara_rl.common.display import Display
@@ -29,6 +30,7 @@ class RunQueue:
         self.source = source
         self._queue = queue
         self._display = display
+        self._unmarked: dict[str, list[str]] = {}  # learned from, by batch; Redis knows not yet
         self._contained: list[str] = []  # entries that count as delivered in the last position
         self._seen: list[str] = []
         self._duplicates = 0
@@ -57,10 +59,18 @@ class RunQueue:
         with self._redis():
             self._queue.withdraw([prompt.prompt_id for prompt in prompts], reason)
 
+    def learned_from(self, entry_ids: list[str]) -> None:
+        """The episodes of these entries are in the learner's last update.
+
+        They are marked as delivered in Redis by the next call that finds it there.
+        """
+        self._unmarked[uuid.uuid4().hex] = entry_ids
+
     def figures(self) -> dict[str, float]:
         """The queue's metrics now."""
         with self._redis():
             self._queue.check_present()
+            self._mark()
             self._seen = self._queue.seen()
             status = self._queue.status()
         self._duplicates = status.duplicates
@@ -73,6 +83,7 @@ class RunQueue:
     def position(self) -> QueuePosition:
         """Where the queue stands, for a checkpoint."""
         with self._redis():
+            self._mark()
             position = self._queue.position()
             self._contained = self._queue.delivered()
         return position
@@ -89,6 +100,11 @@ class RunQueue:
                 self._queue.expire(_KEPT_S)
         except RetryableError as error:
             self._display.line(f"the prompt queue stays in Redis: {error}")
+
+    def _mark(self) -> None:
+        for batch, entry_ids in list(self._unmarked.items()):
+            self._queue.mark_delivered(entry_ids, batch)
+            del self._unmarked[batch]
 
     @contextlib.contextmanager
     def _redis(self) -> Iterator[None]:

@@ -86,6 +86,14 @@ class QuietQueue:
 
     def __init__(self) -> None:
         self.remembered: tuple[list[str], int] | None = None
+        self.marked: list[tuple[list[str], str]] = []
+        self.lost_replies = 0
+
+    def mark_delivered(self, entry_ids: list[str], batch: str) -> None:
+        self.marked.append((entry_ids, batch))
+        if self.lost_replies:
+            self.lost_replies -= 1
+            away()
 
     def check_present(self) -> None:
         """It is."""
@@ -129,7 +137,7 @@ def test_no_progress_names_the_cause_saves_and_ends(monkeypatch: pytest.MonkeyPa
     out = io.StringIO()
     queue = QuietQueue()
     monkeypatch.setattr(queue, "check_present", away)
-    phase = phase_of(FakeAlgorithm(RetryableError("Redis is away"), {}), out, queue=queue)
+    phase = phase_of(FakeAlgorithm({}), out, queue=queue)
     saved = []
     monkeypatch.setattr(phase, "save", lambda: saved.append(4))
     with pytest.raises(RetryableError, match=r"no update for 0.3 s .*; checkpoint 4 is saved"):
@@ -140,13 +148,16 @@ def test_no_progress_names_the_cause_saves_and_ends(monkeypatch: pytest.MonkeyPa
     assert all("0 of 1 runners alive: Redis at redis://localhost cannot" in line for line in lines)
 
 
-def update(rows: int) -> dict[str, Any]:
+def update(rows: int, entry_ids: Sequence[str] = ()) -> dict[str, Any]:
     """What RLlib says of an iteration; ``rows`` were trained on since the start."""
     names = ("answers", "response_tokens", "prefill_tokens", "decisions", "forced_steps")
     policy = ("entropy", "vf_loss", "policy_loss", "gradients_default_optimizer_global_norm")
     updates = ("rows", "kl_sum", "kl_decisions", "explained_variance")
     return {
-        "env_runners": {"mara": dict.fromkeys(names, 1.0), "num_env_steps_sampled": 100},
+        "env_runners": {
+            "mara": {**dict.fromkeys(names, 1.0), "entry_ids": list(entry_ids)},
+            "num_env_steps_sampled": 100,
+        },
         "learners": {
             "__all_modules__": {"num_module_steps_trained_lifetime": rows},
             "mara": dict.fromkeys(updates, 1.0),
@@ -232,25 +243,22 @@ def test_a_lost_queue_sends_the_run_back_with_what_tells_duplicates(
     assert queue.remembered == (["0 0 p1"], 7)
 
 
-def test_a_batch_that_redis_may_have_noted_in_vain_sends_the_run_back(
+def test_what_was_learned_from_while_redis_was_away_is_marked_once_it_is_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its prompts would be acknowledged with the next checkpoint, and never be learned from."""
-    monkeypatch.setattr(ppo_phase, "_RETRY_WAIT_S", 0.0)
+    """Also where the reply was lost: the same batch is then no duplicate."""
     queue = QuietQueue()
-    algorithm = FakeAlgorithm(RetryableError("Redis is away"), {})
-    phase = phase_of(algorithm, io.StringIO(), queue=queue)
-    calls = []
-
-    def away_at_first() -> None:
-        calls.append(1)
-        if len(calls) < 3:
-            away()
-
-    monkeypatch.setattr(queue, "check_present", away_at_first)
-    with pytest.raises(LostPart, match="Redis was away when answers reached the learner"):
-        phase.run()
-    assert len(calls) == 3
+    outcomes = [update(rows, entry_ids=[f"{rows}-0"]) for rows in (7, 9)]
+    runners = FakeRunners(Faults(), Faults())
+    out = io.StringIO()
+    phase = phase_of(FakeAlgorithm(*outcomes), out, queue=queue, runners=runners)
+    monkeypatch.setattr(phase, "save", lambda: None)
+    queue.lost_replies = 1
+    phase.run()
+    assert [entry_ids for entry_ids, _ in queue.marked] == [["7-0"], ["7-0"], ["9-0"]]
+    first, again, second = (batch for _, batch in queue.marked)
+    assert first == again != second
+    assert "iteration 5: Redis at redis://localhost cannot serve" in out.getvalue()
 
 
 class FlakyQueue:

@@ -6,6 +6,7 @@ import pytest
 
 from mara_rl.training.rllib.iteration_figures import (
     iteration_figures,
+    learned_entries,
     progress_note,
     rows_trained,
 )
@@ -56,6 +57,14 @@ def test_counts_stay_and_sums_become_means_over_answers() -> None:
 def test_without_a_finished_answer_there_is_no_mean() -> None:
     figures = iteration_figures(result(answers=0, response_tokens=0, reward=0.0))
     assert not {"rollout/reward", "rollout/accept_rate", "learner/kl_per_token"} & figures.keys()
+
+
+def test_entries_are_no_figure() -> None:
+    found = result()
+    assert learned_entries(found) == []
+    found["env_runners"]["mara"]["entry_ids"] = ["1-0", "2-0"]
+    assert learned_entries(found) == ["1-0", "2-0"]
+    assert "rollout/entry_ids" not in iteration_figures(found)
 
 
 def test_rows_are_those_of_an_iteration_with_fresh_samples() -> None:
