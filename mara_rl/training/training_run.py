@@ -22,7 +22,6 @@ from mara_rl.metrics.preference import result_line
 from mara_rl.prompts.prompt_files import PromptRecord
 from mara_rl.score_models.loading import score_model_folder
 from mara_rl.tracking.tracking_run import MetricBatch, TrackingRun
-from mara_rl.training.base_phase import run_base_phase
 from mara_rl.training.config import TrainConfig
 from mara_rl.training.faults.lost_part import LostPart, lost_on_ray_errors
 from mara_rl.training.faults.patience import patience
@@ -38,6 +37,7 @@ from mara_rl.training.run.run_folder import RunFolder, RunOutcome, remove_folder
 from mara_rl.training.run.run_names import EXPERIMENT
 from mara_rl.training.run.run_queue import RunQueue
 from mara_rl.training.run.session import training_session
+from mara_rl.training.start_phase import run_start_phase
 from services.cluster.ray_internals import silence_hints
 from services.scoring.score_client import ScoreClient
 
@@ -191,7 +191,7 @@ def _warm_start(
     state: TrainState,
 ) -> None:
     """Score scales and, where asked for, an agent to begin with, into state and learners."""
-    start = run_base_phase(
+    start = run_start_phase(
         run.config,
         run.spec,
         [prompt.text for prompt in prompts.train],

@@ -22,15 +22,15 @@ from mara_rl.decoding.answer import DecodedAnswer
 from mara_rl.training.config import TrainConfig, WarmStartConfig
 from mara_rl.training.rllib.rollout_group import RolloutGroup, derived_seed
 from mara_rl.training.warm_start.distillation import distil
-from mara_rl.training.warm_start.token_credit import BaseAnswer
-from mara_rl.training.warm_start.value_warm_start import fit_value, lean, total_epochs
+from mara_rl.training.warm_start.token_credit import SampledAnswer
+from mara_rl.training.warm_start.value_warm_start import fit_value, improve_policy, total_epochs
 
 _RETRY_WAIT_S = 2.0
 
 
 @dataclass(frozen=True)
-class BasePhase:
-    """What came out of it; ``agent`` and ``value`` only with a warm start."""
+class StartingPoint:
+    """Where PPO starts; ``agent`` and ``value`` only with a warm start."""
 
     reward: RewardSpec
     figures: dict[str, float]
@@ -39,7 +39,7 @@ class BasePhase:
     value: AcceptNetwork | None
 
 
-def run_base_phase(
+def run_start_phase(
     config: TrainConfig,
     spec: AgentSpec,
     prompts: list[str],
@@ -47,7 +47,7 @@ def run_base_phase(
     scorer: Scorer,
     display: Display,
     check_interrupt: Callable[[], None],
-) -> BasePhase:
+) -> StartingPoint:
     """Sample, score and (with a warm start) learn from answers: first of the base LLM alone.
 
     They fix the score scales. Later rounds of a warm start add answers of the agent so far: what it
@@ -58,7 +58,7 @@ def run_base_phase(
     if warm:
         prompts = prompts_of(warm, prompts, config.seed)
 
-    def told(attempt: RetryCallState) -> None:
+    def show_retry(attempt: RetryCallState) -> None:
         display.line(f"asking for scores again: {attempt.outcome and attempt.outcome.exception()}")
         check_interrupt()
 
@@ -66,7 +66,7 @@ def run_base_phase(
         stop=stop_after_delay(config.ppo.no_progress_timeout_s),
         wait=wait_fixed(_RETRY_WAIT_S),
         retry=retry_if_exception_type(RetryableError),
-        before_sleep=told,
+        before_sleep=show_retry,
         reraise=True,
     )
 
@@ -97,8 +97,8 @@ def run_base_phase(
     found = sampled(0, count, None)
     reward, figures = _scaled_reward(config, scorer.names, found)
     if warm is None:
-        return BasePhase(reward, figures, runners.token_forwards, None, None)
-    usable: list[BaseAnswer] = []
+        return StartingPoint(reward, figures, runners.token_forwards, None, None)
+    usable: list[SampledAnswer] = []
     agent: Agent | None = None
     for number in range(warm.rounds):
         if agent is not None:
@@ -115,7 +115,7 @@ def run_base_phase(
 
             fit = fit_value(usable, warm, spec.head, seed=config.seed, progress=epoch_done)
             agent = Agent(spec)
-            lean(agent, fit, usable, warm.beta)
+            improve_policy(agent, fit, usable, warm.beta)
             if distils:
                 apart = distil(
                     agent, usable, epochs=warm.distil_epochs, seed=config.seed, progress=epoch_done
@@ -129,7 +129,7 @@ def run_base_phase(
         "warm_start/r2_within_prompt": fit.r2_within_prompt,
         "warm_start/unscored": float(warm.rounds * count - len(usable)),
     }
-    return BasePhase(reward, figures, runners.token_forwards, agent, fit.value)
+    return StartingPoint(reward, figures, runners.token_forwards, agent, fit.value)
 
 
 @dataclass(frozen=True)
@@ -143,11 +143,11 @@ class _ScoredAnswers:
     def finite(self) -> np.ndarray:
         return np.isfinite(self.scores).all(-1)
 
-    def usable(self, reward: RewardSpec, names: tuple[str, ...]) -> list[BaseAnswer]:
+    def usable(self, reward: RewardSpec, names: tuple[str, ...]) -> list[SampledAnswer]:
         """Those with all scores, for the value fit."""
         terms = torch.from_numpy(reward.terms(names, self.scores))
         return [
-            BaseAnswer(a.prompt, a.states, row, a.candidates)
+            SampledAnswer(a.prompt, a.states, row, a.candidates)
             for a, row, ok in zip(self.answers, terms, self.finite, strict=True)
             if ok and a.states is not None
         ]
@@ -226,5 +226,5 @@ def openings_of(warm: WarmStartConfig, count: int, seed: int) -> list[str] | Non
     if not warm.openings:
         return None
     rng = np.random.default_rng([seed, 1])
-    opened = rng.random(count) < warm.opened_share
-    return [str(text) for text in np.where(opened, rng.choice(warm.openings, count), "")]
+    has_opening = rng.random(count) < warm.opened_share
+    return [str(text) for text in np.where(has_opening, rng.choice(warm.openings, count), "")]
