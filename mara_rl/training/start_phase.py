@@ -1,6 +1,7 @@
 """First phase: base answers fix the score scales and, where asked for, warm-start the agent."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +17,7 @@ from tenacity import (
 from envs.protocols import Scorer
 from envs.reward import RewardSpec
 from mara_rl.agents.agent import AcceptNetwork, Agent, AgentSpec
-from mara_rl.common.display import Display, Phase
+from mara_rl.common.display import Display
 from mara_rl.common.errors import DataError, RetryableError
 from mara_rl.decoding.answer import DecodedAnswer
 from mara_rl.training.config import TrainConfig, WarmStartConfig
@@ -48,88 +49,125 @@ def run_start_phase(
     display: Display,
     check_interrupt: Callable[[], None],
 ) -> StartingPoint:
-    """Sample, score and (with a warm start) learn from answers: first of the base LLM alone.
-
-    They fix the score scales. Later rounds of a warm start add answers of the agent so far: what it
-    would now do wrongly is what the values fitted to base answers know least of. They are decoded
-    by the ``exact`` rule, which does what the values say and not what the chain makes of it.
-    """
+    """Sample, score and (with a warm start) learn from answers: first of the base LLM alone."""
     warm = config.warm_start
     if warm:
         prompts = prompts_of(warm, prompts, config.seed)
+    sampler = _Sampler(config, prompts, runners, scorer, display, check_interrupt)
+    base = sampler.sample(0, None)
+    reward, figures = _scaled_reward(config, scorer.names, base)
+    agent = value = None
+    if warm:
+        agent, value, fitted = _warm_start(warm, spec, reward, sampler, base)
+        figures |= fitted
+    return StartingPoint(reward, figures, runners.token_forwards, agent, value)
 
-    def show_retry(attempt: RetryCallState) -> None:
-        display.line(f"asking for scores again: {attempt.outcome and attempt.outcome.exception()}")
-        check_interrupt()
 
-    patience = Retrying(
-        stop=stop_after_delay(config.ppo.no_progress_timeout_s),
-        wait=wait_fixed(_RETRY_WAIT_S),
-        retry=retry_if_exception_type(RetryableError),
-        before_sleep=show_retry,
-        reraise=True,
-    )
+def _warm_start(
+    warm: WarmStartConfig,
+    spec: AgentSpec,
+    reward: RewardSpec,
+    sampler: "_Sampler",
+    base: "_ScoredAnswers",
+) -> tuple[Agent, AcceptNetwork, dict[str, float]]:
+    """An agent made of the values fitted to answers, its value function, and figures.
 
-    def sampled(number: int, count: int, agent: Agent | None) -> _ScoredAnswers:
-        whose = "base answers" if agent is None else f"answers of round {number + 1}"
-        with display.phase(whose, total=count) as phase:
-
-            def progress(done: int) -> None:
-                phase.advance(done)
-                check_interrupt()
-
-            answers = runners.answers(
-                spread(prompts, count, derived_seed(config.seed, 3, number)),
-                openings=openings_of(warm, count, config.seed) if warm and not number else None,
-                agent=agent,
-                rule="sample",
-                keep_states=warm is not None,
-                exact=True if agent is not None else None,
-                keep_candidates=agent is not None and warm is not None and warm.distil_epochs > 0,
-                seed=derived_seed(config.seed, 1, number),
-                progress=progress,
-            )
-        with display.phase(f"scoring {whose}", total=count) as phase:
-            scores = score_in_batches(scorer, answers, phase.advance, patience)
-        return _ScoredAnswers(answers, scores)
-
-    count = warm.answers // warm.rounds if warm else config.ppo.scale_answers
-    found = sampled(0, count, None)
-    reward, figures = _scaled_reward(config, scorer.names, found)
-    if warm is None:
-        return StartingPoint(reward, figures, runners.token_forwards, None, None)
-    usable: list[SampledAnswer] = []
-    agent: Agent | None = None
+    Rounds after the first add answers of the agent so far: what it would now do wrongly is what the
+    values fitted to base answers know least of.
+    """
+    seed, names = sampler.config.seed, sampler.scorer.names
+    figures: dict[str, float] = {}
+    usable = base.usable(reward, names)
     for number in range(warm.rounds):
-        if agent is not None:
-            found = sampled(number, count, agent)
-        usable.extend(found.usable(reward, scorer.names))
-        name = f"value warm start {number + 1} of {warm.rounds}"
         distils = warm.distil_epochs > 0 and 0 < number == warm.rounds - 1
         epochs = total_epochs(warm, spec.head) + (warm.distil_epochs if distils else 0)
-        with display.phase(name, total=epochs) as phase:
-
-            def epoch_done(done: int, phase: Phase = phase) -> None:
-                phase.advance(done)
-                check_interrupt()
-
-            fit = fit_value(usable, warm, spec.head, seed=config.seed, progress=epoch_done)
+        with sampler.phase(f"value warm start {number + 1} of {warm.rounds}", epochs) as progress:
+            fit = fit_value(usable, warm, spec.head, seed=seed, progress=progress)
             agent = Agent(spec)
             improve_policy(agent, fit, usable, warm.beta)
             if distils:
                 apart = distil(
-                    agent, usable, epochs=warm.distil_epochs, seed=config.seed, progress=epoch_done
+                    agent, usable, epochs=warm.distil_epochs, seed=seed, progress=progress
                 )
                 figures |= {
                     "warm_start/chain_kl_before": apart[0],
                     "warm_start/chain_kl": apart[1],
                 }
+        if number + 1 < warm.rounds:
+            usable.extend(sampler.sample(number + 1, agent).usable(reward, names))
     figures |= {
         "warm_start/r2": fit.r2,
         "warm_start/r2_within_prompt": fit.r2_within_prompt,
-        "warm_start/unscored": float(warm.rounds * count - len(usable)),
+        "warm_start/unscored": float(warm.rounds * sampler.count - len(usable)),
     }
-    return StartingPoint(reward, figures, runners.token_forwards, agent, fit.value)
+    return agent, fit.value, figures
+
+
+@dataclass(frozen=True)
+class _Sampler:
+    """Samples and scores answers of the rollout actors' LLMs to these prompts."""
+
+    config: TrainConfig
+    prompts: list[str]
+    runners: RolloutGroup
+    scorer: Scorer
+    display: Display
+    check_interrupt: Callable[[], None]
+
+    @property
+    def count(self) -> int:
+        """Answers of a round."""
+        warm = self.config.warm_start
+        return warm.answers // warm.rounds if warm else self.config.ppo.scale_answers
+
+    def sample(self, number: int, agent: Agent | None) -> "_ScoredAnswers":
+        """The answers of a round: of the base LLM for None, else of ``agent``.
+
+        The agent's are decoded by the ``exact`` rule, which does what the values say and not what
+        the chain makes of it.
+        """
+        seed, warm = self.config.seed, self.config.warm_start
+        whose = "base answers" if agent is None else f"answers of round {number + 1}"
+        with self.phase(whose, self.count) as progress:
+            answers = self.runners.answers(
+                spread(self.prompts, self.count, derived_seed(seed, 3, number)),
+                openings=openings_of(warm, self.count, seed) if warm and not number else None,
+                agent=agent,
+                rule="sample",
+                keep_states=warm is not None,
+                exact=True if agent is not None else None,
+                keep_candidates=agent is not None and warm is not None and warm.distil_epochs > 0,
+                seed=derived_seed(seed, 1, number),
+                progress=progress,
+            )
+        with self.display.phase(f"scoring {whose}", total=self.count) as phase:
+            scores = score_in_batches(self.scorer, answers, phase.advance, self._patience())
+        return _ScoredAnswers(answers, scores)
+
+    @contextlib.contextmanager
+    def phase(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A phase of the display whose progress is a safe point."""
+        with self.display.phase(name, total=total) as phase:
+
+            def progress(done: int) -> None:
+                phase.advance(done)
+                self.check_interrupt()
+
+            yield progress
+
+    def _patience(self) -> Retrying:
+        def show(attempt: RetryCallState) -> None:
+            cause = attempt.outcome and attempt.outcome.exception()
+            self.display.line(f"asking for scores again: {cause}")
+            self.check_interrupt()
+
+        return Retrying(
+            stop=stop_after_delay(self.config.ppo.no_progress_timeout_s),
+            wait=wait_fixed(_RETRY_WAIT_S),
+            retry=retry_if_exception_type(RetryableError),
+            before_sleep=show,
+            reraise=True,
+        )
 
 
 @dataclass(frozen=True)
