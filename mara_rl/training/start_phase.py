@@ -6,27 +6,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception_type,
-    stop_after_delay,
-    wait_fixed,
-)
+from tenacity import Retrying
 
 from envs.protocols import Scorer
 from envs.reward import RewardSpec
 from mara_rl.agents.agent import AcceptNetwork, Agent, AgentSpec
 from mara_rl.common.display import Display
-from mara_rl.common.errors import DataError, RetryableError
+from mara_rl.common.errors import DataError
 from mara_rl.decoding.answer import DecodedAnswer
 from mara_rl.training.config import TrainConfig, WarmStartConfig
+from mara_rl.training.faults.patience import patience
 from mara_rl.training.rllib.rollout_group import RolloutGroup, derived_seed
 from mara_rl.training.warm_start.distillation import distil
 from mara_rl.training.warm_start.token_credit import SampledAnswer
 from mara_rl.training.warm_start.value_warm_start import fit_value, improve_policy, total_epochs
-
-_RETRY_WAIT_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -141,7 +134,13 @@ class _Sampler:
                 progress=progress,
             )
         with self.display.phase(f"scoring {whose}", total=self.count) as phase:
-            scores = score_in_batches(self.scorer, answers, phase.advance, self._patience())
+            patient = patience(
+                self.config.ppo.no_progress_timeout_s,
+                self.display,
+                self.check_interrupt,
+                retry="asking for scores again",
+            )
+            scores = score_in_batches(self.scorer, answers, phase.advance, patient)
         return _ScoredAnswers(answers, scores)
 
     @contextlib.contextmanager
@@ -154,20 +153,6 @@ class _Sampler:
                 self.check_interrupt()
 
             yield progress
-
-    def _patience(self) -> Retrying:
-        def show(attempt: RetryCallState) -> None:
-            cause = attempt.outcome and attempt.outcome.exception()
-            self.display.line(f"asking for scores again: {cause}")
-            self.check_interrupt()
-
-        return Retrying(
-            stop=stop_after_delay(self.config.ppo.no_progress_timeout_s),
-            wait=wait_fixed(_RETRY_WAIT_S),
-            retry=retry_if_exception_type(RetryableError),
-            before_sleep=show,
-            reraise=True,
-        )
 
 
 @dataclass(frozen=True)

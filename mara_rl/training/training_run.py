@@ -184,12 +184,7 @@ def _resume(run: RunContext, workers: Workers, checkpoint: Checkpoint, ppo: PPOP
     run.display.line(f"resumed {run.folder.name} at iteration {state.iteration}")
 
 
-def _warm_start(
-    run: RunContext,
-    workers: Workers,
-    prompts: PromptSets,
-    state: TrainState,
-) -> None:
+def _warm_start(run: RunContext, workers: Workers, prompts: PromptSets, state: TrainState) -> None:
     """Score scales and, where asked for, an agent to begin with, into state and learners."""
     start = run_start_phase(
         run.config,
