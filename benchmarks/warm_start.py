@@ -25,9 +25,9 @@ from mara_rl.evaluation.comparison import JudgedAnswers, rates, text_figures
 from mara_rl.llm.policy_llm import llm_hidden_size, load_policy_llm
 from mara_rl.prompts import PackagedPrompt, packaged_prompts
 from mara_rl.score_models.loading import load_score_model
-from mara_rl.training.base_phase import run_base_phase, score_in_batches
 from mara_rl.training.config import TrainConfig, load_config
 from mara_rl.training.rllib.rollout_group import derived_seed
+from mara_rl.training.start_phase import run_start_phase, score_in_batches
 
 KEPT_OUT_FROM = 19  # numbers of training prompts that are measured on
 
@@ -130,7 +130,7 @@ def main() -> None:
     }
     local: Any = LocalAnswers(config)
     spec = config.agent_spec(llm_hidden_size(config.llm.name))
-    phase = run_base_phase(
+    phase = run_start_phase(
         config, spec, train, local, scorers["training scores"], Display(Console()), lambda: None
     )
     print({name: round(value, 3) for name, value in phase.figures.items()})

@@ -1,6 +1,6 @@
 """Training a layer-slice score model on preference pairs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mara_rl.common.errors import ConfigError
+from mara_rl.common.network_fit import fit_network
 from mara_rl.llm.policy_llm import DType
 from mara_rl.score_models.bradley_terry import (
     Accuracy,
@@ -131,19 +132,27 @@ def train_lora(
         nn.init.zeros_(head.weight)
         layers.model = model
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=learning_rate)
-        optimizer.add_param_group({"params": [head.weight], "lr": 5 * learning_rate})
-        for _ in range(epochs):
+
+        def losses() -> Iterator[Tensor]:
             for batch in torch.randperm(len(pairs), generator=generator).split(PAIRS_PER_STEP):
                 texts = [(pairs[i].prompt, pairs[i].chosen) for i in batch.tolist()]
                 texts += [(pairs[i].prompt, pairs[i].rejected) for i in batch.tolist()]
                 better, worse = head(layers.read(texts)[:, 0]).squeeze(1).chunk(2)
-                loss = nn.functional.softplus(worse - better).mean()
-                optimizer.zero_grad()
-                loss.backward()
-                nn.utils.clip_grad_norm_(trained, 1.0)
-                optimizer.step()
+                yield nn.functional.softplus(worse - better).mean()
                 on_pairs(len(batch))
+
+        groups: list[dict[str, Any]] = [
+            {"params": trained},
+            {"params": [head.weight], "lr": 5 * learning_rate},
+        ]
+        fit_network(
+            groups,
+            losses,
+            name="the LoRA adapter",
+            epochs=epochs,
+            lr=learning_rate,
+            clipped=trained,
+        )
     return model.eval()
 
 

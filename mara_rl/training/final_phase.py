@@ -18,11 +18,11 @@ from mara_rl.score_models.loading import load_score_model
 from mara_rl.tracking.promotion import PromotionEvidence
 from mara_rl.tracking.registry import AgentRegistry, model_name_for, source_tags
 from mara_rl.tracking.tracking_run import TrackingRun
-from mara_rl.training.base_phase import score_in_batches
 from mara_rl.training.config import EvaluationConfig, TrainConfig
 from mara_rl.training.rllib.rollout_group import RolloutGroup, derived_seed
 from mara_rl.training.run.run_folder import RunFolder
 from mara_rl.training.run.session import Session
+from mara_rl.training.start_phase import score_in_batches
 from services.scoring.score_client import ScoreClient
 
 _NAMED = 5  # prompts left out, on a line

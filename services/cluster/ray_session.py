@@ -4,15 +4,14 @@ import contextlib
 import logging
 import math
 import os
-import secrets
 import socket
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from mara_rl.common.environment import environment_variables
 from mara_rl.common.errors import ConfigError, first_line
+from services.cluster.ray_internals import forget_serve_client, local_cluster_settings
 
 Bundle = Mapping[str, float]
 """Resources of one actor that must come from a single node, e.g. ``{"CPU": 1, "GPU": 0.5}``."""
@@ -66,9 +65,9 @@ def ray_session(
         try:
             yield RaySession(owns_cluster=False, address=ray.get_runtime_context().gcs_address)
         finally:
-            _leave()
+            _disconnect()
         return
-    with _local_cluster_settings():
+    with local_cluster_settings():
         try:
             ray.init(
                 address="local",
@@ -83,20 +82,14 @@ def ray_session(
         try:
             yield RaySession(owns_cluster=True, address=ray.get_runtime_context().gcs_address)
         finally:
-            _leave()
+            _disconnect()
 
 
-def _leave() -> None:
-    """Disconnect from Ray, and make Serve forget the cluster.
-
-    Serve tells the clusters of one process apart by job id, and the first job of every cluster has
-    the same: it would call the old cluster's controller on the next one.
-    """
+def _disconnect() -> None:
     import ray
 
     ray.shutdown()
-    if "ray.serve.context" in sys.modules:
-        sys.modules["ray.serve.context"]._set_global_client(None)
+    forget_serve_client()
 
 
 def check_resources(requests: Sequence[tuple[str, Bundle]]) -> None:
@@ -228,44 +221,3 @@ def _reason(error: BaseException) -> str:
     if "Traceback (most recent call last)" in text:
         text = text.splitlines()[-1]
     return " ".join(text.split()) or type(error).__name__
-
-
-@contextlib.contextmanager
-def _local_cluster_settings() -> Iterator[None]:
-    """The environment in which a local Ray starts; afterwards as it was before."""
-    from ray._private import ray_constants
-
-    variables = {
-        # Without a token of its own Ray writes one to ~/.ray, which then turns authentication on
-        # for later clusters and jobs of this user.
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        # Ray's switch for "this machine only": binds to 127.0.0.1 instead of every interface.
-        ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0",
-        ray_constants.GCS_PORT_ENVIRONMENT_VARIABLE: "0",  # any free port, never Redis' 6379
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # Ray's native code reports on the terminal, as an error, what RLlib does by design.
-        "RAY_BACKEND_LOG_LEVEL": os.environ.get("RAY_BACKEND_LOG_LEVEL", "fatal"),
-        # On a busy machine a replica needs longer than Serve's 0.1 s to say how long its queue is;
-        # Serve would warn on the terminal each time.
-        "RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "2",
-        "RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S": "10",
-    }
-    clusters_enabled = ray_constants.ENABLE_RAY_CLUSTER
-    try:
-        with environment_variables(variables):
-            # Both were read from the environment when Ray was imported.
-            ray_constants.ENABLE_RAY_CLUSTER = False
-            _reload_authentication()
-            yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = clusters_enabled
-        _reload_authentication()
-
-
-def _reload_authentication() -> None:
-    """Make Ray's native code, which caches both, read the mode and the token anew."""
-    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
-
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()

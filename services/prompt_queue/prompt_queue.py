@@ -224,13 +224,14 @@ class PromptQueue:
 
     # Outcomes -------------------------------------------------------------------------------------
 
-    def mark_delivered(self, entry_ids: Sequence[str]) -> int:
+    def mark_delivered(self, entry_ids: Sequence[str], batch: str | None = None) -> int:
         """The episodes of these entries reached the learner. Returns the number newly delivered.
 
         The others, and those delivered before a restart, are counted as duplicates; not so when
-        the client sends the command again because the reply to it was lost.
+        the client sends the command again because the reply to it was lost, nor when its caller
+        does with the same ``batch``, a name of its own for every other call.
         """
-        return self._run("DELIVER", uuid.uuid4().hex, *entry_ids) if entry_ids else 0
+        return self._run("DELIVER", batch or uuid.uuid4().hex, *entry_ids) if entry_ids else 0
 
     def delivered(self) -> list[str]:
         """Ids of the entries that reached the learner and are not acked yet, oldest first."""

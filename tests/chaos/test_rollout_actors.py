@@ -59,7 +59,7 @@ def test_a_lone_actor_dies_while_base_answers_are_made(chaos) -> None:
     assert "base answers" not in run.output
     took_s = run.until_line("base answers") - at
     run.until_iteration(2)
-    chaos.end(run, "the only rollout actor killed in the base phase", took_s)
+    chaos.end(run, "the only rollout actor killed in the start phase", took_s)
 
 
 @pytest.mark.cluster

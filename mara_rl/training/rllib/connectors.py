@@ -1,4 +1,4 @@
-"""Learner connectors: the KL to the base LLM as a reward, delivered prompts, advantages."""
+"""Learner connectors: the KL to the base LLM as a reward, and advantages."""
 
 from typing import Any
 
@@ -9,10 +9,7 @@ from ray.rllib.core.columns import Columns
 from ray.rllib.evaluation.postprocessing import Postprocessing
 
 from envs.observation import BASE_LOGIT
-from services.cluster.redis_server import redis_errors
-from services.prompt_queue.prompt_source import PromptSourceConfig
-
-METRICS = "mara"
+from mara_rl.training.rllib.iteration_figures import METRICS
 
 
 class SampledKLReward(ConnectorV2):
@@ -53,37 +50,6 @@ class SampledKLReward(ConnectorV2):
 def log_bernoulli(accept_logit: np.ndarray, accepted: np.ndarray) -> np.ndarray:
     """log-probability of accepting or rejecting at accept log-odds ``accept_logit``."""
     return -np.logaddexp(0.0, np.where(accepted, -accept_logit, accept_logit))
-
-
-class DeliveredPrompts(ConnectorV2):
-    """Records in Redis which queue entries have reached the learner.
-
-    They are acknowledged only when a checkpoint that contains their update commits. Raises
-    RetryableError, before anything is learned, while Redis is away.
-    """
-
-    def __init__(self, source: PromptSourceConfig) -> None:
-        super().__init__()
-        self.source = source
-        self._queue: Any = None
-
-    def __call__(
-        self, *, batch: dict[str, Any], episodes: list[Any], **kwargs: Any
-    ) -> dict[str, Any]:
-        infos = [
-            episode.get_infos(-1)
-            for episode in self.single_agent_episode_iterator(
-                episodes, agents_that_stepped_only=False
-            )
-            if episode.is_terminated
-        ]
-        entry_ids = [info["entry_id"] for info in infos if info.get("entry_id")]
-        if entry_ids:
-            with redis_errors(self.source.url):
-                if self._queue is None:
-                    self._queue = self.source.open_queue()
-                self._queue.mark_delivered(entry_ids)
-        return batch
 
 
 class StandardizedAdvantages(ConnectorV2):

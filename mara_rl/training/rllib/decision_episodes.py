@@ -12,8 +12,7 @@ from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 
 from envs.accept_reject_task import Answer
 from envs.observation import FORCED
-
-METRICS = "mara"
+from mara_rl.training.rllib.iteration_figures import ENTRY_IDS, METRICS
 
 
 class DecisionEpisodes(RLlibCallback):
@@ -44,6 +43,9 @@ class DecisionEpisodes(RLlibCallback):
         # Where every answer failed, what is left would train on KL and bootstrapped values alone.
         samples[:] = [] if failed and len(failed) == len(answers) else kept
         _log(metrics_logger, list(answers.values()))
+        for episode in samples:
+            if episode.is_terminated and (entry_id := episode.get_infos(-1).get("entry_id")):
+                metrics_logger.log_value((METRICS, ENTRY_IDS), entry_id, reduce="item_series")
 
 
 def decision_rows(episode: SingleAgentEpisode) -> SingleAgentEpisode | None:

@@ -12,9 +12,9 @@ from ray.rllib.core import COMPONENT_LEARNER, COMPONENT_OPTIMIZER, COMPONENT_RL_
 from mara_rl.agents.agent import AcceptNetwork, Agent, AgentSpec
 from mara_rl.common.display import Display
 from mara_rl.training.config import TrainConfig
-from mara_rl.training.faults.actor_process import kill_process
 from mara_rl.training.faults.lost_part import LostPart, lost_on_ray_errors
 from mara_rl.training.rllib.rollout_group import seed_everything
+from services.cluster.ray_internals import kill_learners, lacks_learners
 
 MODULE_ID = "default_policy"
 _COMPONENTS = [f"{COMPONENT_LEARNER}/{part}" for part in (COMPONENT_RL_MODULE, COMPONENT_OPTIMIZER)]
@@ -49,8 +49,7 @@ class Learners:
                 f"no answer from the learner within {update_timeout_s:g} s "
                 "(learner.update_timeout_s): it is killed"
             )
-            for actor in self._group._worker_manager.actors().values():
-                kill_process(actor)
+            kill_learners(self._group)
 
         timer = threading.Timer(update_timeout_s + others_s, kill)
         timer.daemon = True
@@ -65,8 +64,7 @@ class Learners:
         self._check_healthy()
 
     def _check_healthy(self) -> None:
-        remote = len(self._group)
-        if remote and self._group._worker_manager.num_healthy_actors() < remote:
+        if lacks_learners(self._group):
             raise LostPart("the learner is gone")
 
     def check(self) -> None:

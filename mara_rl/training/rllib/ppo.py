@@ -14,12 +14,9 @@ from envs.reward import RewardSpec
 from mara_rl.agents.agent import AgentSpec
 from mara_rl.training.config import TrainConfig
 from mara_rl.training.rllib.accept_module import AcceptModule
-from mara_rl.training.rllib.connectors import (
-    DeliveredPrompts,
-    SampledKLReward,
-    StandardizedAdvantages,
-)
+from mara_rl.training.rllib.connectors import SampledKLReward, StandardizedAdvantages
 from mara_rl.training.rllib.decision_episodes import DecisionEpisodes
+from services.cluster.ray_internals import append_learner_connector
 from services.prompt_queue.prompt_source import PromptSourceConfig, RedisPromptSource
 from services.scoring.score_client import ScoreClient, ScoreClientConfig
 
@@ -29,8 +26,7 @@ class AcceptLearner(PPOTorchLearner):
 
     def build(self) -> None:
         super().build()
-        pipeline: Any = self._learner_connector
-        pipeline.append(StandardizedAdvantages())
+        append_learner_connector(self, StandardizedAdvantages())
 
 
 class AcceptPPO(PPO):
@@ -126,7 +122,7 @@ def build_algorithm(
             num_gpus_per_learner=config.learner.num_gpus,
             custom_resources_per_learner=config.learner.resources,
             learner_class=AcceptLearner,
-            learner_connector=functools.partial(_connectors, ppo.kl_coeff, prompts),
+            learner_connector=functools.partial(_connectors, ppo.kl_coeff),
         )
         .training(
             gamma=1.0,  # per decision: less would tax every rejection
@@ -167,7 +163,5 @@ def build_algorithm(
     return algorithm
 
 
-def _connectors(
-    kl_coeff: float, prompts: PromptSourceConfig, observation: Any, action: Any
-) -> list[Any]:
-    return [DeliveredPrompts(prompts), SampledKLReward(kl_coeff)]
+def _connectors(kl_coeff: float, observation: Any, action: Any) -> list[Any]:
+    return [SampledKLReward(kl_coeff)]

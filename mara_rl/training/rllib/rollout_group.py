@@ -5,7 +5,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,35 +18,16 @@ from mara_rl.decoding.blend import Blend
 from mara_rl.decoding.decoder import Decoder
 from mara_rl.decoding.request import DecodeRequest, DecodeSettings
 from mara_rl.training.config import TrainConfig
-from mara_rl.training.faults.actor_process import kill_process
+from mara_rl.training.faults.fault_report import Faults
+from services.cluster.ray_internals import (
+    drop_env_runners,
+    kill_env_runner,
+    reset_env_runner,
+)
 
 _MAX_ATTEMPTS = 3
 _PING_TIMEOUT_S = 10.0
 _RETRY_WAIT_S = 1.0
-
-
-class Faults(NamedTuple):
-    """What went wrong in rollout actors.
-
-    Attributes:
-        failed_answers: how many answers failed.
-        scoring_retries: how often scores were asked for again.
-        failure_causes: why, the first few reasons of each actor.
-        retry_causes: why, the last reason of each actor that had to.
-    """
-
-    failed_answers: int = 0
-    scoring_retries: int = 0
-    failure_causes: frozenset[str] = frozenset()
-    retry_causes: frozenset[str] = frozenset()
-
-    def __add__(self, other: "Faults") -> "Faults":  # type: ignore[override]
-        return Faults(
-            self.failed_answers + other.failed_answers,
-            self.scoring_retries + other.scoring_retries,
-            self.failure_causes | other.failure_causes,
-            self.retry_causes | other.retry_causes,
-        )
 
 
 class RolloutGroup:
@@ -61,6 +42,21 @@ class RolloutGroup:
         self._group = algorithm.env_runner_group
         self._config = config
         self.token_forwards = 0
+
+    @property
+    def num_alive(self) -> int:
+        """Actors not known to be dead."""
+        return self._group.num_healthy_remote_workers()
+
+    @property
+    def num_restarts(self) -> int:
+        """How often actors died and came back so far."""
+        return self._group.num_remote_worker_restarts() + self._algorithm.unnoticed_restarts
+
+    @property
+    def num_dropped_samples(self) -> int:
+        """How often an actor brought no sample in time so far."""
+        return self._group.num_env_runners_dropped_lifetime()
 
     def restart(self, iteration: int) -> None:
         """Abandon open episodes and seed every actor by (seed, iteration, its number)."""
@@ -190,9 +186,7 @@ class RolloutGroup:
         # Those found dead by that call are not among the healthy ones any more.
         silent = [i for i in self._group.healthy_env_runner_ids() if i not in answering]
         for number in silent:
-            manager = self._group._worker_manager  # RLlib offers no other way to replace one
-            kill_process(manager.actors()[number])
-            manager.set_actor_state(number, healthy=False)
+            kill_env_runner(self._group, number)
         return silent
 
     def stop(self) -> None:
@@ -206,7 +200,7 @@ class RolloutGroup:
             local_env_runner=False,
             timeout_seconds=_PING_TIMEOUT_S,
         )
-        self._group._worker_manager.clear()
+        drop_env_runners(self._group)
 
     def _revive(self) -> list[int]:
         """Bring back the actors that died or hang, as far as they are up again; their numbers."""
@@ -257,9 +251,9 @@ def seed_everything(seed: int) -> None:
 
 
 def _restart(runner: Any, seed: int, iteration: int) -> None:
-    runner._seed = derived_seed(seed, iteration, runner.worker_index)
-    runner._needs_initial_reset = True
-    seed_everything(runner._seed)
+    own_seed = derived_seed(seed, iteration, runner.worker_index)
+    reset_env_runner(runner, own_seed)
+    seed_everything(own_seed)
 
 
 def _take_faults(runner: Any) -> Faults:

@@ -1,19 +1,45 @@
-"""What a run must know of its prompts before it uses them."""
+"""The prompts of a run, and what it must know of them before it uses them."""
+
+from dataclasses import dataclass
 
 from mara_rl.common.display import Display
 from mara_rl.common.errors import DataError
 from mara_rl.evaluation.prompt_set import normalised
-from mara_rl.prompts.prompt_files import PromptRecord
+from mara_rl.prompts.prompt_files import PromptRecord, load_prompts
+from mara_rl.training.config import TrainConfig
 from mara_rl.training.rllib.rollout_group import RolloutGroup
 
 
-def fitting_prompts(
+@dataclass(frozen=True)
+class PromptSets:
+    """Prompts to train on, and held-out ones, of which a run without an evaluation has none."""
+
+    train: list[PromptRecord]
+    heldout: list[PromptRecord]
+
+    @classmethod
+    def load(cls, config: TrainConfig, display: Display) -> "PromptSets":
+        """Those that the config names. Raises DataError."""
+        train = load_prompts(config.prompts.train, "train")
+        heldout = load_prompts(config.prompts.heldout, "heldout") if config.evaluation else []
+        tell_of_shared_prompts(train, heldout, display)
+        return cls(train, heldout)
+
+    def fitting(self, runners: RolloutGroup, display: Display) -> tuple["PromptSets", "PromptSets"]:
+        """Those the LLM's context has room for, and the others, which are named on a line.
+
+        Raises DataError when all of a set are too long.
+        """
+        train, too_long = _fitting(self.train, "train", runners, display)
+        heldout, unanswered = _fitting(self.heldout, "heldout", runners, display)
+        return PromptSets(train, heldout), PromptSets(too_long, unanswered)
+
+
+def _fitting(
     prompts: list[PromptRecord], split: str, runners: RolloutGroup, display: Display
 ) -> tuple[list[PromptRecord], list[PromptRecord]]:
-    """Those the LLM's context has room for, and the others, which are named on a line.
-
-    Raises DataError when there is none.
-    """
+    if not prompts:
+        return [], []
     fits = runners.fits_context([prompt.text for prompt in prompts])
     kept = [prompt for prompt, ok in zip(prompts, fits, strict=True) if ok]
     left_out = [prompt for prompt, ok in zip(prompts, fits, strict=True) if not ok]

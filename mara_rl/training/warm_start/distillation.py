@@ -3,7 +3,7 @@
 With terms t_k fitted to values, π*_k ∝ p_k e^{t_k} is the optimum of reward − β·KL, but it weighs
 all candidates against each other (the ``exact`` rule). The chain of accept/reject decisions sees
 one candidate and the prefix, and the mean value of the prefix is not what makes it choose alike: a
-candidate must be held against the best of those after it. So the network is fitted to that choice
+candidate must be compared with the best of those after it. So the network is fitted to that choice
 itself, on sets of candidates all of which were looked at.
 """
 
@@ -17,9 +17,9 @@ from torch.nn.functional import logsigmoid
 
 from mara_rl.agents.agent import Agent
 from mara_rl.common.errors import DataError
+from mara_rl.common.network_fit import fit_network
 from mara_rl.decoding.answer import CandidateStates
-from mara_rl.training.warm_start.network_fit import fit_network
-from mara_rl.training.warm_start.token_credit import BaseAnswer
+from mara_rl.training.warm_start.token_credit import SampledAnswer
 
 _BATCH_SETS = 256
 _LR = 3e-4
@@ -27,7 +27,7 @@ _LR = 3e-4
 
 def distil(
     agent: Agent,
-    answers: Sequence[BaseAnswer],
+    answers: Sequence[SampledAnswer],
     *,
     epochs: int,
     seed: int,
@@ -47,15 +47,15 @@ def distil(
     target = sets.wanted(agent)
     prompts = sorted({a.prompt for a, _ in known})
     order = torch.randperm(len(prompts), generator=generator).tolist()
-    held_prompts = {prompts[i] for i in order[: max(1, len(prompts) // 10)]}
-    held = torch.cat(
-        [torch.full_like(c.positions, a.prompt in held_prompts, dtype=torch.bool) for a, c in known]
+    kept_out = {prompts[i] for i in order[: max(1, len(prompts) // 10)]}
+    held_out = torch.cat(
+        [torch.full_like(c.positions, a.prompt in kept_out, dtype=torch.bool) for a, c in known]
     )
-    fitted = (~held).nonzero()[:, 0]
+    fitted = (~held_out).nonzero()[:, 0]
 
     def divergence() -> float:
         with torch.no_grad():
-            rows = held.nonzero()[:, 0]
+            rows = held_out.nonzero()[:, 0]
             return sets.divergence(agent, target, rows).mean().item()
 
     before = divergence()
@@ -65,13 +65,12 @@ def distil(
             yield sets.divergence(agent, target, fitted[chosen]).mean()
 
     fit_network(
-        agent.network,
+        agent.network.parameters(),
         losses,
-        name="distillation",
+        name="warm_start: the distillation",
         epochs=epochs,
-        batches=math.ceil(len(fitted) / _BATCH_SETS),
+        cycle_batches=math.ceil(len(fitted) / _BATCH_SETS),
         lr=_LR,
-        weight_decay=0.01,
         progress=progress,
     )
     return before, divergence()
@@ -91,7 +90,7 @@ class _CandidateSets:
     there: Tensor
 
     @classmethod
-    def of(cls, known: Sequence[tuple[BaseAnswer, CandidateStates]]) -> "_CandidateSets":
+    def of(cls, known: Sequence[tuple[SampledAnswer, CandidateStates]]) -> "_CandidateSets":
         counts = torch.cat([c.counts for _, c in known])
         index = torch.arange(int(counts.max()))
         there = index < counts[:, None]

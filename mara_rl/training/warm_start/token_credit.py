@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from mara_rl.agents.agent import AcceptNetwork
+from mara_rl.common.network_fit import fit_network
 from mara_rl.decoding.answer import CandidateStates
 from mara_rl.training.config import WarmStartConfig
-from mara_rl.training.warm_start.network_fit import fit_network
 
 _PROMPTS_PER_STEP = 16
 
 
 @dataclass(frozen=True)
-class BaseAnswer:
+class SampledAnswer:
     """States (T + 1, H), float16, along one sampled answer, and the terms of its reward.
 
     ``terms`` (C,): one per score, already weighted; their sum is the terminal reward.
@@ -35,7 +35,7 @@ class BaseAnswer:
     candidates: CandidateStates | None = None
 
 
-def above_others(answers: Sequence[BaseAnswer], values: Tensor) -> Tensor:
+def above_others(answers: Sequence[SampledAnswer], values: Tensor) -> Tensor:
     """Values (N, C) of answers above their mean over the prompt's other answers.
 
     Without others, above the mean over all answers.
@@ -47,12 +47,12 @@ def above_others(answers: Sequence[BaseAnswer], values: Tensor) -> Tensor:
     return values - mean
 
 
-def standings(answers: Sequence[BaseAnswer], terms: Tensor, margin: float) -> Tensor:
+def soft_win_rates(answers: Sequence[SampledAnswer], terms: Tensor, margin: float) -> Tensor:
     """How terms (N, C) compare with those of the prompt's other answers (N, C).
 
     Mean of tanh(difference / margin) over the others, differences in standard deviations of the
     term: clearly better counts 1, however much better. Scaled to spread within prompts as the terms
-    do, so that the same β leans as far.
+    do, so that the same β allows the same KL.
     """
     rows = _prompt_numbers(answers)
     scaled = terms / terms.std(0).clamp_min(1e-9)
@@ -67,7 +67,7 @@ def standings(answers: Sequence[BaseAnswer], terms: Tensor, margin: float) -> Te
 
 
 def fit_credit(
-    answers: Sequence[BaseAnswer],
+    answers: Sequence[SampledAnswer],
     config: WarmStartConfig,
     *,
     seed: int,
@@ -97,11 +97,11 @@ def fit_credit(
             yield (error - (same / same.sum(1, keepdim=True)) @ error).square().mean()
 
     fit_network(
-        network,
+        network.parameters(),
         losses,
-        name="credit regression",
+        name="warm_start: the credit regression",
         epochs=config.credit_epochs,
-        batches=math.ceil(len(members) / _PROMPTS_PER_STEP),
+        cycle_batches=math.ceil(len(members) / _PROMPTS_PER_STEP),
         lr=config.credit_lr,
         weight_decay=config.weight_decay,
         progress=progress,
@@ -110,7 +110,7 @@ def fit_credit(
 
 
 @torch.no_grad()
-def earned(credit: AcceptNetwork, answers: Sequence[BaseAnswer]) -> list[Tensor]:
+def earned(credit: AcceptNetwork, answers: Sequence[SampledAnswer]) -> list[Tensor]:
     """What each answer has earned by each of its states, above the prompt's others (T + 1, C).
 
     The others' mean is taken off evenly over the tokens.
@@ -135,6 +135,6 @@ def seeded_network(hidden_size: int, outputs: int, seed: int) -> AcceptNetwork:
         return AcceptNetwork(hidden_size, outputs=outputs, zero_output=True)
 
 
-def _prompt_numbers(answers: Sequence[BaseAnswer]) -> Tensor:
+def _prompt_numbers(answers: Sequence[SampledAnswer]) -> Tensor:
     number = {prompt: i for i, prompt in enumerate(dict.fromkeys(a.prompt for a in answers))}
     return torch.tensor([number[a.prompt] for a in answers])

@@ -1,4 +1,4 @@
-"""Value warm start: fit values to base answers, then lean the agent towards higher ones.
+"""Value warm start: fit values to base answers, then improve the policy by them.
 
 Answers sampled from the base LLM alone, with their terminal rewards, are Monte Carlo returns of
 every prefix they passed through. Two outputs of one network regress the reward to go from a state:
@@ -19,15 +19,15 @@ from torch import Tensor
 
 from mara_rl.agents.agent import AcceptNetwork, Agent, Head
 from mara_rl.common.errors import DataError
+from mara_rl.common.network_fit import fit_network
 from mara_rl.training.config import WarmStartConfig
-from mara_rl.training.warm_start.network_fit import fit_network
 from mara_rl.training.warm_start.token_credit import (
-    BaseAnswer,
+    SampledAnswer,
     above_others,
     earned,
     fit_credit,
     seeded_network,
-    standings,
+    soft_win_rates,
 )
 
 _EARLY_TOKENS = 3.0  # after so many the extra weight has fallen by e
@@ -53,7 +53,7 @@ class ValueFit:
 
 
 def fit_value(
-    answers: Sequence[BaseAnswer],
+    answers: Sequence[SampledAnswer],
     config: WarmStartConfig,
     head: Head,
     *,
@@ -64,7 +64,7 @@ def fit_value(
 
     Rewards are spread over tokens first (`fit_credit`), unless ``config.credit_epochs`` is 0 or the
     head is ``relative``, whose one value for both states is a whole answer's: then q = v. Where
-    ``config.win_margin`` is set, q and v are of `standings` instead of rewards.
+    ``config.win_margin`` is set, q and v are of `soft_win_rates` instead of rewards.
 
     One network is fitted with an output per term of the reward and kind of value; then the terms
     are summed. Terms that disagree teach the shared layers more than their sum does. The learning
@@ -80,11 +80,11 @@ def fit_value(
     if len(prompts) < 2:
         raise DataError(f"warm_start: answers to {len(prompts)} prompt; expected at least two")
     order = torch.randperm(len(prompts), generator=generator).tolist()
-    held = {prompts[i] for i in order[: max(1, len(prompts) // 10)]}
-    train = [a for a in answers if a.prompt not in held]
+    held_out = {prompts[i] for i in order[: max(1, len(prompts) // 10)]}
+    train = [a for a in answers if a.prompt not in held_out]
     rewards = terms = torch.stack([a.terms.float() for a in train])
     if config.win_margin is not None:
-        terms = standings(train, rewards, config.win_margin)
+        terms = soft_win_rates(train, rewards, config.win_margin)
         train = [replace(a, terms=row) for a, row in zip(train, terms, strict=True)]
     spread = [torch.zeros(len(a.states), terms.shape[1]) for a in train]
     if _credits(config, head):
@@ -109,11 +109,11 @@ def fit_value(
             yield (weights[rows] * (network(states[rows]) - targets[rows]).square()).mean()
 
     fit_network(
-        network,
+        network.parameters(),
         losses,
-        name="value regression",
+        name="warm_start: the value regression",
         epochs=config.epochs,
-        batches=math.ceil(len(targets) / config.batch_size),
+        cycle_batches=math.ceil(len(targets) / config.batch_size),
         lr=config.lr,
         weight_decay=config.weight_decay,
         progress=progress,
@@ -122,7 +122,7 @@ def fit_value(
     candidate, prefix, value = (
         _summed(network, slice(first, first + count)) for first in (0, count, 2 * count)
     )
-    explained = _explained(value, candidate, prefix, [a for a in answers if a.prompt in held])
+    explained = _explained(value, candidate, prefix, [a for a in answers if a.prompt in held_out])
     return ValueFit(value, candidate, prefix, *explained)
 
 
@@ -150,7 +150,9 @@ def _summed(network: AcceptNetwork, outputs: slice) -> AcceptNetwork:
     return summed
 
 
-def lean(agent: Agent, fit: ValueFit, answers: Sequence[BaseAnswer], beta: float) -> None:
+def improve_policy(
+    agent: Agent, fit: ValueFit, answers: Sequence[SampledAnswer], beta: float
+) -> None:
     """Set the agent's network so that accepting counts for what it changes in value, over β.
 
     ``advantage`` and ``relative``: exactly. ``anchored``: by an MLP fitted to q(h_k) − v(h_prefix)
@@ -171,24 +173,25 @@ def lean(agent: Agent, fit: ValueFit, answers: Sequence[BaseAnswer], beta: float
     agent.network.load_state_dict(state)
 
 
-def _fitted_differences(fit: ValueFit, answers: Sequence[BaseAnswer]) -> AcceptNetwork:
+def _fitted_differences(fit: ValueFit, answers: Sequence[SampledAnswer]) -> AcceptNetwork:
     targets = torch.cat([_steps(fit.candidate, fit.prefix, a) for a in answers])
     states = torch.cat([a.states[1:] for a in answers])
     network = AcceptNetwork(states.shape[-1], outputs=1)
     network.load_state_dict(fit.candidate.state_dict())
-    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-4)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(4):
+
+    def losses() -> Iterator[Tensor]:
         for rows in torch.randperm(len(targets), generator=generator).split(512):
-            loss = (network(states[rows])[:, 0] - targets[rows]).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            yield (network(states[rows])[:, 0] - targets[rows]).square().mean()
+
+    fit_network(
+        network.parameters(), losses, name="warm_start: the value difference", epochs=4, lr=3e-4
+    )
     return network
 
 
 @torch.no_grad()
-def _steps(candidate: AcceptNetwork, prefix: AcceptNetwork, answer: BaseAnswer) -> Tensor:
+def _steps(candidate: AcceptNetwork, prefix: AcceptNetwork, answer: SampledAnswer) -> Tensor:
     """q(h_t) − v(h_{t−1}) of an answer's tokens (T,)."""
     return candidate(answer.states[1:])[:, 0] - prefix(answer.states[:-1])[:, 0]
 
@@ -198,7 +201,7 @@ def _explained(
     value: AcceptNetwork,
     candidate: AcceptNetwork,
     prefix: AcceptNetwork,
-    answers: Sequence[BaseAnswer],
+    answers: Sequence[SampledAnswer],
 ) -> tuple[float, float]:
     """R² of the networks as in `ValueFit`; the second NaN without a prompt answered twice."""
     states = torch.cat([a.states for a in answers])

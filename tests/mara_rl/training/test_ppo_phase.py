@@ -1,6 +1,7 @@
 """Iterations that bring nothing: retried with their cause, and ended when they go on."""
 
 import io
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +16,15 @@ from mara_rl.common.display import Display
 from mara_rl.common.errors import RetryableError
 from mara_rl.training import ppo_phase
 from mara_rl.training.config import load_config
+from mara_rl.training.faults.fault_report import Faults
 from mara_rl.training.faults.lost_part import LostPart
 from mara_rl.training.ppo_phase import PPOPhase
 from mara_rl.training.rllib.learners import Learners
-from mara_rl.training.rllib.rollout_group import Faults
+from mara_rl.training.rllib.workers import Workers
 from mara_rl.training.run.checkpoint import TrainState, load_newest_checkpoint
+from mara_rl.training.run.run_context import RunContext
 from mara_rl.training.run.run_folder import RunFolder
+from mara_rl.training.run.run_queue import RunQueue
 from services.prompt_queue.prompt_epochs import QueuePosition
 from services.prompt_queue.prompt_queue import QueueLost
 
@@ -40,10 +44,6 @@ class FakeAlgorithm:
 
     def __init__(self, *outcomes: Any) -> None:
         self.outcomes = list(outcomes)
-        self.env_runner_group = SimpleNamespace(
-            num_healthy_remote_workers=lambda: 0, num_env_runners_dropped_lifetime=lambda: 0
-        )
-        self.unnoticed_restarts = 0
         self.learner_group = LocalLearner()
 
     def train(self) -> dict[str, Any]:
@@ -57,11 +57,43 @@ def away() -> None:
     raise redis.ConnectionError("gone")
 
 
+class FakeRunners:
+    """Rollout actors, all dead, in which `faults` happened."""
+
+    num_alive = num_restarts = num_dropped_samples = 0
+
+    def __init__(self, *faults: Faults, failures: Sequence[str] = ()) -> None:
+        self._faults = list(faults)
+        self._failures = list(failures)
+        self.replaced = 0
+
+    def take_faults(self) -> Faults:
+        return self._faults.pop(0)
+
+    def last_failures(self) -> list[str]:
+        return self._failures
+
+    def replace_silent(self) -> list[int]:
+        self.replaced += 1
+        return [2]
+
+    def restart(self, iteration: int) -> None:
+        """They abandon nothing."""
+
+
 class QuietQueue:
     """A queue that is there."""
 
     def __init__(self) -> None:
         self.remembered: tuple[list[str], int] | None = None
+        self.marked: list[tuple[list[str], str]] = []
+        self.lost_replies = 0
+
+    def mark_delivered(self, entry_ids: list[str], batch: str) -> None:
+        self.marked.append((entry_ids, batch))
+        if self.lost_replies:
+            self.lost_replies -= 1
+            away()
 
     def check_present(self) -> None:
         """It is."""
@@ -76,45 +108,56 @@ class QuietQueue:
         self.remembered = (seen, duplicates)
 
 
-def phase_of(algorithm: FakeAlgorithm, out: io.StringIO) -> PPOPhase:
+def phase_of(
+    algorithm: FakeAlgorithm,
+    out: io.StringIO,
+    *,
+    queue: Any = None,
+    runners: FakeRunners | None = None,
+    folder: Any = None,
+    check_interrupt: Callable[[], None] = lambda: None,
+) -> PPOPhase:
     config = load_config("quickstart", ["ppo.no_progress_timeout_s=0.3", "ppo.iterations=6"])
+    display = Display(Console(file=out))
     unused: Any = None
-    return PPOPhase(
-        config,
-        folder=unused,
-        algorithm=algorithm,
-        learners=Learners(algorithm, unused, config, unused),
-        runners=SimpleNamespace(last_failures=list, take_faults=Faults),
-        queue=QuietQueue(),
-        redis_url="redis://localhost",
-        tracking=SimpleNamespace(unsent=[]),
-        state=TrainState(iteration=4),
-        display=Display(Console(file=out)),
+    source: Any = SimpleNamespace(url="redis://localhost")
+    tracking: Any = SimpleNamespace(unsent=[], logged=[])
+    tracking.log_metrics = lambda figures, step: tracking.logged.append(figures)
+    run = RunContext(
+        config, folder, unused, unused, unused, tracking, display, check_interrupt=check_interrupt
     )
+    learners = Learners(algorithm, unused, config, unused)
+    workers: Any = Workers(algorithm, learners, runners or FakeRunners())  # type: ignore[arg-type]
+    run_queue = RunQueue(queue or QuietQueue(), source, display)
+    return PPOPhase(run, workers, run_queue, TrainState(iteration=4))
 
 
 def test_no_progress_names_the_cause_saves_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ppo_phase, "_RETRY_WAIT_S", 0.05)
     out = io.StringIO()
-    phase = phase_of(FakeAlgorithm(RetryableError("Redis is away"), {}), out)
-    monkeypatch.setattr(phase._queue, "check_present", away)
+    queue = QuietQueue()
+    monkeypatch.setattr(queue, "check_present", away)
+    phase = phase_of(FakeAlgorithm({}), out, queue=queue)
     saved = []
     monkeypatch.setattr(phase, "save", lambda: saved.append(4))
     with pytest.raises(RetryableError, match=r"no update for 0.3 s .*; checkpoint 4 is saved"):
-        phase.run(check_interrupt=lambda: None)
+        phase.run()
     assert saved == [4]
     lines = [line for line in out.getvalue().splitlines() if line.startswith("iteration 5")]
     assert len(lines) > 1
     assert all("0 of 1 runners alive: Redis at redis://localhost cannot" in line for line in lines)
 
 
-def update(rows: int) -> dict[str, Any]:
+def update(rows: int, entry_ids: Sequence[str] = ()) -> dict[str, Any]:
     """What RLlib says of an iteration; ``rows`` were trained on since the start."""
     names = ("answers", "response_tokens", "prefill_tokens", "decisions", "forced_steps")
     policy = ("entropy", "vf_loss", "policy_loss", "gradients_default_optimizer_global_norm")
     updates = ("rows", "kl_sum", "kl_decisions", "explained_variance")
     return {
-        "env_runners": {"mara": dict.fromkeys(names, 1.0), "num_env_steps_sampled": 100},
+        "env_runners": {
+            "mara": {**dict.fromkeys(names, 1.0), "entry_ids": list(entry_ids)},
+            "num_env_steps_sampled": 100,
+        },
         "learners": {
             "__all_modules__": {"num_module_steps_trained_lifetime": rows},
             "mara": dict.fromkeys(updates, 1.0),
@@ -128,22 +171,21 @@ def test_faults_of_iterations_without_an_update_count_in_the_next(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ppo_phase, "_RETRY_WAIT_S", 0.0)
-    out, logged = io.StringIO(), []
+    out = io.StringIO()
     outcomes = [{}, {}, update(rows=7), update(rows=9)]
     cause = "score 'cost' from app 'cost': ActorDiedError"
     failures = frozenset(["no answer within 2 s", "not finite"])
-    faults = iter([Faults(4, 3, failures, frozenset([cause])), Faults()])
-    phase = phase_of(FakeAlgorithm(*outcomes), out)
-    phase._algorithm.env_runner_group.num_remote_worker_restarts = lambda: 0
-    phase._runners = SimpleNamespace(
-        take_faults=lambda: next(faults),
-        last_failures=lambda: ["no answer within 2 s"],
-    )
-    phase._tracking.log_metrics = lambda figures, step: logged.append(figures)
+    faults = Faults(4, 3, failures, frozenset([cause])), Faults()
+    runners = FakeRunners(*faults, failures=["no answer within 2 s"])
+    phase = phase_of(FakeAlgorithm(*outcomes), out, runners=runners)
     monkeypatch.setattr(phase, "save", lambda: None)
-    phase.run(check_interrupt=lambda: None)
+    phase.run()
     names = "rollout/failed_answers", "rollout/scoring_retries", "faults/attempts_without_update"
-    assert [[figures[name] for name in names] for figures in logged] == [[4, 3, 2], [0, 0, 0]]
+    logged = phase._run.tracking.logged  # type: ignore[attr-defined]
+    assert [[figures[name] for name in names] for figures in logged] == [
+        [4, 3, 2],
+        [0, 0, 0],
+    ]
     lines = out.getvalue()
     assert (
         "iteration 5: 4 answers failed and were not trained on: no answer within 2 s; not finite"
@@ -158,7 +200,7 @@ def test_an_interrupt_is_heard_while_nothing_is_learned(monkeypatch: pytest.Monk
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        phase_of(FakeAlgorithm({}), io.StringIO()).run(check_interrupt=interrupt)
+        phase_of(FakeAlgorithm({}), io.StringIO(), check_interrupt=interrupt).run()
 
 
 def test_a_dead_learner_and_a_failed_one_send_the_run_back(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,32 +208,30 @@ def test_a_dead_learner_and_a_failed_one_send_the_run_back(monkeypatch: pytest.M
         raise LostPart("the learner is gone")
 
     phase = phase_of(FakeAlgorithm({}), io.StringIO())
-    monkeypatch.setattr(phase._learners, "check", gone)
+    monkeypatch.setattr(phase._workers.learners, "check", gone)
     with pytest.raises(LostPart, match="the learner is gone"):
-        phase.run(check_interrupt=lambda: None)
+        phase.run()
     phase = phase_of(FakeAlgorithm(ActorDiedError()), io.StringIO())
     with pytest.raises(LostPart, match="the learner failed: "):
-        phase.run(check_interrupt=lambda: None)
+        phase.run()
 
 
 def test_actors_that_bring_no_sample_in_time_are_replaced_each_time() -> None:
     out = io.StringIO()
-    algorithm = FakeAlgorithm({})
-    phase = phase_of(algorithm, out)
-    asked = []
-    phase._runners = SimpleNamespace(replace_silent=lambda: asked.append(1) or [2])
+    runners = FakeRunners()
+    phase = phase_of(FakeAlgorithm({}), out, runners=runners)
     for dropped in (0, 1, 1, 2):
-        algorithm.env_runner_group.num_env_runners_dropped_lifetime = lambda n=dropped: n
+        runners.num_dropped_samples = dropped
         phase._iterate()
-    assert len(asked) == 2
+    assert runners.replaced == 2
     assert out.getvalue().count("rollout actor 2 gave no sample for 1800 s") == 2
 
 
 def test_a_lost_queue_sends_the_run_back_with_what_tells_duplicates(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    phase = phase_of(FakeAlgorithm({}), io.StringIO())
-    queue = phase._queue
+    queue = QuietQueue()
+    phase = phase_of(FakeAlgorithm({}), io.StringIO(), queue=queue)
     phase._queue_figures()
 
     def lost() -> None:
@@ -199,27 +239,26 @@ def test_a_lost_queue_sends_the_run_back_with_what_tells_duplicates(
 
     monkeypatch.setattr(queue, "check_present", lost)
     with pytest.raises(LostPart, match="queue 'x' is missing from Redis"):
-        phase.run(check_interrupt=lambda: None)
+        phase.run()
     assert queue.remembered == (["0 0 p1"], 7)
 
 
-def test_a_batch_that_redis_may_have_noted_in_vain_sends_the_run_back(
+def test_what_was_learned_from_while_redis_was_away_is_marked_once_it_is_back(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its prompts would be acknowledged with the next checkpoint, and never be learned from."""
-    monkeypatch.setattr(ppo_phase, "_RETRY_WAIT_S", 0.0)
-    phase = phase_of(FakeAlgorithm(RetryableError("Redis is away"), {}), io.StringIO())
-    calls = []
-
-    def away_at_first() -> None:
-        calls.append(1)
-        if len(calls) < 3:
-            away()
-
-    monkeypatch.setattr(phase._queue, "check_present", away_at_first)
-    with pytest.raises(LostPart, match="Redis was away when answers reached the learner"):
-        phase.run(check_interrupt=lambda: None)
-    assert len(calls) == 3
+    """Also where the reply was lost: the same batch is then no duplicate."""
+    queue = QuietQueue()
+    outcomes = [update(rows, entry_ids=[f"{rows}-0"]) for rows in (7, 9)]
+    runners = FakeRunners(Faults(), Faults())
+    out = io.StringIO()
+    phase = phase_of(FakeAlgorithm(*outcomes), out, queue=queue, runners=runners)
+    monkeypatch.setattr(phase, "save", lambda: None)
+    queue.lost_replies = 1
+    phase.run()
+    assert [entry_ids for entry_ids, _ in queue.marked] == [["7-0"], ["7-0"], ["9-0"]]
+    first, again, second = (batch for _, batch in queue.marked)
+    assert first == again != second
+    assert "iteration 5: Redis at redis://localhost cannot serve" in out.getvalue()
 
 
 class FlakyQueue:
@@ -245,15 +284,14 @@ class FlakyQueue:
         self.acknowledged.append(entry_ids)
 
 
-def test_a_checkpoint_without_redis_is_made_up_for_and_then_not_repeated(tmp_path: Path) -> None:
+def test_a_checkpoint_without_redis_is_made_up_for_and_then_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = io.StringIO()
-    phase = phase_of(FakeAlgorithm({}), out)
     queue = FlakyQueue()
-    phase._queue = queue
-    phase._folder = RunFolder(tmp_path)
-    state = {"w": np.zeros(2)}
-    phase._learners = SimpleNamespace(state=lambda: state, seed=lambda seed: None)
-    phase._runners = SimpleNamespace(restart=lambda iteration: None)
+    phase = phase_of(FakeAlgorithm({}), out, queue=queue, folder=RunFolder(tmp_path))
+    learners = phase._workers.learners
+    monkeypatch.setattr(learners, "state", lambda: {"w": np.zeros(2)})
     phase.save()
     assert load_newest_checkpoint(tmp_path / "checkpoints") is not None
     assert queue.acknowledged == []

@@ -56,3 +56,10 @@ def test_what_does_not_pass_and_an_interrupt_end_it() -> None:
 
     with pytest.raises(KeyboardInterrupt):
         patience(60, display, interrupt)(away)
+
+
+def test_each_retry_of_what_has_a_name_is_shown() -> None:
+    out = io.StringIO()
+    away = Away(2, RetryableError("no answer"))
+    patience(60, Display(Console(file=out)), lambda: None, retry="asking again")(away)
+    assert out.getvalue().splitlines() == ["asking again: no answer"] * 2

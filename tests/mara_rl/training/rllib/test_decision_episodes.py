@@ -2,6 +2,7 @@
 
 from collections import Counter
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 from ray.rllib.core.columns import Columns
@@ -81,16 +82,27 @@ class FakePrompts:
 
 
 class FakeMetrics(Counter[str]):
-    """The sums of what is logged, by name."""
+    """The sums of what is logged, by name, and a series: the entries."""
 
-    def log_value(self, name: tuple[str, str], value: float, *, reduce: str) -> None:
-        assert (name[0], reduce) == ("mara", "sum")
-        self[name[1]] += value
+    def __init__(self) -> None:
+        super().__init__()
+        self.entry_ids: list[str] = []
+
+    def log_value(self, name: tuple[str, str], value: Any, *, reduce: str) -> None:
+        assert name[0] == "mara"
+        if name[1] == "entry_ids":
+            assert reduce == "item_series"
+            self.entry_ids.append(value)
+        else:
+            assert reduce == "sum"
+            self[name[1]] += value
 
 
-def end_of_sample(answers: dict[int, Answer], samples: list[SingleAgentEpisode]) -> FakePrompts:
+def end_of_sample(
+    answers: dict[int, Answer], samples: list[SingleAgentEpisode]
+) -> tuple[FakePrompts, FakeMetrics]:
     """Run the callback on deferred answers that score as they already say."""
-    prompts = FakePrompts()
+    prompts, metrics = FakePrompts(), FakeMetrics()
     task = SimpleNamespace(
         defer_scores=True,
         score=lambda answers: None,
@@ -99,15 +111,13 @@ def end_of_sample(answers: dict[int, Answer], samples: list[SingleAgentEpisode])
     )
     env = SimpleNamespace(task=task, take_finished=lambda: answers)
     runner = SimpleNamespace(env=SimpleNamespace(unwrapped=env))
-    DecisionEpisodes().on_sample_end(
-        env_runner=runner, metrics_logger=FakeMetrics(), samples=samples
-    )
-    return prompts
+    DecisionEpisodes().on_sample_end(env_runner=runner, metrics_logger=metrics, samples=samples)
+    return prompts, metrics
 
 
 def finished(key: int) -> SingleAgentEpisode:
     ended = episode([0, 0], terminal_reward=0.0)
-    ended.infos.data[-1]["answer_key"] = key
+    ended.infos.data[-1].update(answer_key=key, entry_id=f"{key}-0")
     return ended
 
 
@@ -123,16 +133,20 @@ def test_rewards_are_set_and_failed_episodes_deleted() -> None:
         2: answer("2-0", 0.0, failure="score not finite"),
         3: answer("3-0", 0.0, failure="service is away", outage=True),
     }
-    prompts = end_of_sample(answers, samples)
+    prompts, metrics = end_of_sample(answers, samples)
     assert [float(e.get_rewards()[-1]) for e in samples] == [2.0, 0.0]
     assert not samples[1].is_done
     assert prompts.failed == ["2-0"], "an outage is not the prompt's fault"
+    assert metrics.entry_ids == ["1-0"], "only what is learned from counts as delivered"
 
 
 def test_without_any_score_nothing_is_trained_on() -> None:
     samples = [finished(1), episode([0], terminal_reward=None)]
-    end_of_sample({1: answer("1-0", 0.0, failure="service is away", outage=True)}, samples)
+    _, metrics = end_of_sample(
+        {1: answer("1-0", 0.0, failure="service is away", outage=True)}, samples
+    )
     assert samples == []
+    assert metrics.entry_ids == []
 
 
 def test_a_failed_answer_counts_by_its_prompt_alone() -> None:

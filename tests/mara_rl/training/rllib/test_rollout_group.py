@@ -8,8 +8,9 @@ import pytest
 from mara_rl.common.errors import DataError, RetryableError
 from mara_rl.decoding.answer import DecodedAnswer
 from mara_rl.training.config import load_config
+from mara_rl.training.faults.fault_report import Faults
 from mara_rl.training.rllib import rollout_group
-from mara_rl.training.rllib.rollout_group import Faults, RolloutGroup
+from mara_rl.training.rllib.rollout_group import RolloutGroup
 
 SLOTS = 4
 
@@ -56,11 +57,11 @@ def group(actors: FakeActors, *overrides: str) -> RolloutGroup:
 @pytest.mark.parametrize("lose", [set(), {1}, {2, 3, 5}])
 def test_lost_calls_are_asked_again_and_the_order_stays(lose: set[int]) -> None:
     prompts = [f"prompt {i}" for i in range(18)]
-    told = []
+    progress: list[int] = []
     actors = group(FakeActors(lose))
-    answers = actors.answers(prompts, progress=told.append)
+    answers = actors.answers(prompts, progress=progress.append)
     assert [a.text for a in answers] == prompts
-    assert sum(told) == len(prompts)
+    assert sum(progress) == len(prompts)
     assert actors.token_forwards == 5 * 10  # one count per chunk, lost calls left out
 
 

@@ -10,12 +10,12 @@ from mara_rl.common.errors import DataError
 from mara_rl.decoding.answer import CandidateStates
 from mara_rl.decoding.rules import induced_probabilities, reweighted_logits
 from mara_rl.training.warm_start.distillation import distil
-from mara_rl.training.warm_start.token_credit import BaseAnswer
+from mara_rl.training.warm_start.token_credit import SampledAnswer
 
 H = 16
 
 
-def random_answers(n: int) -> list[BaseAnswer]:
+def random_answers(n: int) -> list[SampledAnswer]:
     """Answers of six tokens; two of them, the second and the fifth, had candidates."""
     generator = torch.Generator().manual_seed(2)
     made = []
@@ -29,18 +29,18 @@ def random_answers(n: int) -> list[BaseAnswer]:
             for k in counts
         ]
         known = CandidateStates(torch.tensor([1, 4]), counts, torch.cat(probs), near.half())
-        made.append(BaseAnswer(f"prompt {i}", states.half(), torch.zeros(2), known))
+        made.append(SampledAnswer(f"prompt {i}", states.half(), torch.zeros(2), known))
     return made
 
 
-def leaning_agent(head: Head) -> Agent:
+def improved_agent(head: Head) -> Agent:
     torch.manual_seed(0)
     agent = Agent(AgentSpec(hidden_size=H, head=head, llm="tiny"))
     torch.nn.init.normal_(agent.network.output_linear.weight, std=1.5)
     return agent
 
 
-def reference(agent: Agent, answer: BaseAnswer) -> list[float]:
+def reference(agent: Agent, answer: SampledAnswer) -> list[float]:
     """KL(π* ‖ π) of one set after the other, by the decoder's own rules."""
     known = answer.candidates
     assert known is not None
@@ -64,7 +64,7 @@ def reference(agent: Agent, answer: BaseAnswer) -> list[float]:
 
 @pytest.mark.parametrize("head", ["anchored", "relative", "advantage"])
 def test_divergence_is_that_of_the_decoders_rules(head: Head) -> None:
-    agent = leaning_agent(head)
+    agent = improved_agent(head)
     one = random_answers(1)[0]
     before, after = distil(agent, [one, replace(one, prompt="another")], epochs=0, seed=0)
     assert before == after
@@ -76,7 +76,7 @@ def test_divergence_is_that_of_the_decoders_rules(head: Head) -> None:
 @pytest.mark.parametrize("head", ["anchored", "advantage"])
 def test_the_chain_comes_nearer_on_prompts_it_never_saw(head: Head) -> None:
     answers = random_answers(600)
-    agent, again = leaning_agent(head), Agent(AgentSpec(hidden_size=H, head=head, llm="tiny"))
+    agent, again = improved_agent(head), Agent(AgentSpec(hidden_size=H, head=head, llm="tiny"))
     again.load_state_dict(agent.state_dict())
     done: list[int] = []
     before, after = distil(agent, answers, epochs=4, seed=1, progress=done.append)
@@ -88,7 +88,7 @@ def test_the_chain_comes_nearer_on_prompts_it_never_saw(head: Head) -> None:
 def test_answers_without_candidates_are_passed_over() -> None:
     answers = random_answers(20)
     plain = [replace(a, candidates=None) for a in answers]
-    agent, again = (leaning_agent("advantage") for _ in range(2))
+    agent, again = (improved_agent("advantage") for _ in range(2))
     again.load_state_dict(agent.state_dict())
     assert distil(agent, [*plain, *answers], epochs=1, seed=0) == distil(
         again, answers, epochs=1, seed=0

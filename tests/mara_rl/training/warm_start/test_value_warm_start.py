@@ -1,4 +1,4 @@
-"""Value regression and how an agent leans on it."""
+"""Value regression and the policy improved by it."""
 
 import pytest
 import torch
@@ -7,27 +7,26 @@ from mara_rl.agents.agent import Agent, AgentSpec, Head
 from mara_rl.common.errors import DataError
 from mara_rl.training.config import WarmStartConfig
 from mara_rl.training.warm_start.token_credit import (
-    BaseAnswer,
+    SampledAnswer,
     above_others,
     earned,
     fit_credit,
-    standings,
+    soft_win_rates,
 )
-from mara_rl.training.warm_start.value_warm_start import fit_value, lean, total_epochs
+from mara_rl.training.warm_start.value_warm_start import fit_value, improve_policy, total_epochs
 
 H = 16
 
 
-def answers(n: int = 400) -> list[BaseAnswer]:
+def answers(n: int = 400) -> list[SampledAnswer]:
     """The reward is the first component of the answer's mean state, made up of two terms."""
     made = []
     for i in range(n):
         offset = torch.randn(H)
         states = (offset + 0.2 * torch.randn(12, H)).half()
         states[0] = 0.0  # the prompt's knows nothing of the answer
-        made.append(
-            BaseAnswer(f"prompt {i // 4}", states, torch.stack([offset[0] + offset[1], -offset[1]]))
-        )
+        terms = torch.stack([offset[0] + offset[1], -offset[1]])
+        made.append(SampledAnswer(f"prompt {i // 4}", states, terms))
     return made
 
 
@@ -54,7 +53,8 @@ def test_fit_explains_prompts_it_never_saw_and_is_seeded(
 
 def test_the_advantage_does_not_see_what_a_whole_prompt_is_worth(config: WarmStartConfig) -> None:
     data = [
-        BaseAnswer(a.prompt, a.states, a.terms + 10 * (i // 4 % 2)) for i, a in enumerate(answers())
+        SampledAnswer(a.prompt, a.states, a.terms + 10 * (i // 4 % 2))
+        for i, a in enumerate(answers())
     ]
     fit = fit_value(data, config, "advantage", seed=0)
     even, odd = (torch.cat([a.states for a in data if int(a.prompt[7:]) % 2 == r]) for r in (0, 1))
@@ -70,7 +70,7 @@ def test_a_fit_that_diverges_and_a_single_prompt_are_errors(config: WarmStartCon
     data = answers(8)
     with pytest.raises(DataError, match="answers to 1 prompt"):
         fit_value(data[:4], config, "relative", seed=0)
-    broken = [BaseAnswer(a.prompt, a.states, torch.tensor([float("inf"), 0.0])) for a in data]
+    broken = [SampledAnswer(a.prompt, a.states, torch.tensor([float("inf"), 0.0])) for a in data]
     for head in ("relative", "advantage"):
         with pytest.raises(DataError, match="error is not finite"):
             fit_value(broken, config, head, seed=0)
@@ -82,7 +82,7 @@ def test_the_head_moves_by_what_accepting_changes_in_value(config: WarmStartConf
     for head in ("relative", "advantage"):
         fit = fit_value(data, config, head, seed=0)
         agent = Agent(AgentSpec(hidden_size=H, head=head))
-        lean(agent, fit, data, beta=0.5)
+        improve_policy(agent, fit, data, beta=0.5)
         expected = base + (fit.candidate(h) - fit.prefix(prefix))[:, 0] / 0.5
         torch.testing.assert_close(agent.accept_logit(h, base, prefix), expected)
         same = torch.equal(fit.candidate(h), fit.prefix(h))
@@ -93,19 +93,19 @@ def test_anchored_agent_prefers_what_raises_the_value(config: WarmStartConfig) -
     data = answers()
     fit = fit_value(data, config, "anchored", seed=0)
     agent = Agent(AgentSpec(hidden_size=H, head="anchored"))
-    lean(agent, fit, data, beta=0.1)
+    improve_policy(agent, fit, data, beta=0.1)
     assert agent.accept_logit(torch.randn(3, H), torch.zeros(3)).shape == (3,)
     with pytest.raises(ValueError, match="paper"):
-        lean(Agent(AgentSpec(hidden_size=H, head="paper")), fit, data, beta=1)
+        improve_policy(Agent(AgentSpec(hidden_size=H, head="paper")), fit, data, beta=1)
 
 
-def forgetful(n: int = 240) -> list[BaseAnswer]:
+def forgetful(n: int = 240) -> list[SampledAnswer]:
     """Answers whose reward is the mean of what each token says: no state remembers the others."""
     made = []
     for i in range(n):
         states = torch.randn(4 + i % 5, H).half()
         terms = torch.stack([states[1:, 0].float().mean(), states[1:, 1].float().mean()])
-        made.append(BaseAnswer(f"prompt {i // 4}", states, terms + i // 4))
+        made.append(SampledAnswer(f"prompt {i // 4}", states, terms + i // 4))
     return made
 
 
@@ -127,18 +127,18 @@ def test_credit_finds_each_tokens_share(config: WarmStartConfig) -> None:
 
 
 def test_others_are_those_of_the_same_prompt() -> None:
-    data = [BaseAnswer(p, torch.zeros(2, H), torch.zeros(1)) for p in ("a", "a", "a", "b")]
+    data = [SampledAnswer(p, torch.zeros(2, H), torch.zeros(1)) for p in ("a", "a", "a", "b")]
     found = above_others(data, torch.tensor([[1.0], [2.0], [6.0], [3.0]]))
     assert found[:, 0].tolist() == [-3.0, -1.5, 4.5, 0.0]
 
 
-def test_standings_say_which_answer_is_better_not_by_how_much() -> None:
+def test_win_rates_say_which_answer_is_better_not_by_how_much() -> None:
     state = torch.zeros(2, H).half()
     rewards = [[0.0, 5.0], [1.0, 4.0], [9.0, -4.0], [3.0, 0.0], [3.1, 0.0], [7.0, 7.0]]
     prompts = ["a", "a", "a", "b", "b", "alone"]
-    data = [BaseAnswer(p, state, torch.tensor(r)) for p, r in zip(prompts, rewards, strict=True)]
+    data = [SampledAnswer(p, state, torch.tensor(r)) for p, r in zip(prompts, rewards, strict=True)]
     terms = torch.tensor(rewards)
-    found = standings(data, terms, 1e-6)
+    found = soft_win_rates(data, terms, 1e-6)
     for column in range(2):
         spread = torch.cat([terms[:3] - terms[:3].mean(0), terms[3:5] - terms[3:5].mean(0)])
         assert found[:, column].std() == pytest.approx(
@@ -147,11 +147,11 @@ def test_standings_say_which_answer_is_better_not_by_how_much() -> None:
     order = torch.tensor([[-1, 1], [0, 0], [1, -1], [-1, 0], [1, 0], [0, 0]])
     assert torch.equal(found.sign().int(), order.int())
     assert found[0, 0] == pytest.approx(found[3, 0].item())  # however much worse
-    smooth = standings(data, terms, 10.0)
+    smooth = soft_win_rates(data, terms, 10.0)
     assert smooth[0, 0].abs() > 5 * smooth[3, 0].abs()
 
 
-def test_a_fit_to_standings_ranks_answers_like_one_to_rewards(config: WarmStartConfig) -> None:
+def test_a_fit_to_win_rates_ranks_answers_like_one_to_rewards(config: WarmStartConfig) -> None:
     data = answers()
     ranked = fit_value(data, config.model_copy(update={"win_margin": 0.25}), "advantage", seed=0)
     assert ranked.r2_within_prompt > 0.5

@@ -1,36 +1,30 @@
 """First phase: base answers fix the score scales and, where asked for, warm-start the agent."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception_type,
-    stop_after_delay,
-    wait_fixed,
-)
+from tenacity import Retrying
 
 from envs.protocols import Scorer
 from envs.reward import RewardSpec
 from mara_rl.agents.agent import AcceptNetwork, Agent, AgentSpec
-from mara_rl.common.display import Display, Phase
-from mara_rl.common.errors import DataError, RetryableError
+from mara_rl.common.display import Display
+from mara_rl.common.errors import DataError
 from mara_rl.decoding.answer import DecodedAnswer
 from mara_rl.training.config import TrainConfig, WarmStartConfig
+from mara_rl.training.faults.patience import patience
 from mara_rl.training.rllib.rollout_group import RolloutGroup, derived_seed
 from mara_rl.training.warm_start.distillation import distil
-from mara_rl.training.warm_start.token_credit import BaseAnswer
-from mara_rl.training.warm_start.value_warm_start import fit_value, lean, total_epochs
-
-_RETRY_WAIT_S = 2.0
+from mara_rl.training.warm_start.token_credit import SampledAnswer
+from mara_rl.training.warm_start.value_warm_start import fit_value, improve_policy, total_epochs
 
 
 @dataclass(frozen=True)
-class BasePhase:
-    """What came out of it; ``agent`` and ``value`` only with a warm start."""
+class StartingPoint:
+    """Where PPO starts; ``agent`` and ``value`` only with a warm start."""
 
     reward: RewardSpec
     figures: dict[str, float]
@@ -39,7 +33,7 @@ class BasePhase:
     value: AcceptNetwork | None
 
 
-def run_base_phase(
+def run_start_phase(
     config: TrainConfig,
     spec: AgentSpec,
     prompts: list[str],
@@ -47,89 +41,118 @@ def run_base_phase(
     scorer: Scorer,
     display: Display,
     check_interrupt: Callable[[], None],
-) -> BasePhase:
-    """Sample, score and (with a warm start) learn from answers: first of the base LLM alone.
-
-    They fix the score scales. Later rounds of a warm start add answers of the agent so far: what it
-    would now do wrongly is what the values fitted to base answers know least of. They are decoded
-    by the ``exact`` rule, which does what the values say and not what the chain makes of it.
-    """
+) -> StartingPoint:
+    """Sample, score and (with a warm start) learn from answers: first of the base LLM alone."""
     warm = config.warm_start
     if warm:
         prompts = prompts_of(warm, prompts, config.seed)
+    sampler = _Sampler(config, prompts, runners, scorer, display, check_interrupt)
+    base = sampler.sample(0, None)
+    reward, figures = _scaled_reward(config, scorer.names, base)
+    agent = value = None
+    if warm:
+        agent, value, fitted = _warm_start(warm, spec, reward, sampler, base)
+        figures |= fitted
+    return StartingPoint(reward, figures, runners.token_forwards, agent, value)
 
-    def told(attempt: RetryCallState) -> None:
-        display.line(f"asking for scores again: {attempt.outcome and attempt.outcome.exception()}")
-        check_interrupt()
 
-    patience = Retrying(
-        stop=stop_after_delay(config.ppo.no_progress_timeout_s),
-        wait=wait_fixed(_RETRY_WAIT_S),
-        retry=retry_if_exception_type(RetryableError),
-        before_sleep=told,
-        reraise=True,
-    )
+def _warm_start(
+    warm: WarmStartConfig,
+    spec: AgentSpec,
+    reward: RewardSpec,
+    sampler: "_Sampler",
+    base: "_ScoredAnswers",
+) -> tuple[Agent, AcceptNetwork, dict[str, float]]:
+    """An agent made of the values fitted to answers, its value function, and figures.
 
-    def sampled(number: int, count: int, agent: Agent | None) -> _ScoredAnswers:
-        whose = "base answers" if agent is None else f"answers of round {number + 1}"
-        with display.phase(whose, total=count) as phase:
-
-            def progress(done: int) -> None:
-                phase.advance(done)
-                check_interrupt()
-
-            answers = runners.answers(
-                spread(prompts, count, derived_seed(config.seed, 3, number)),
-                openings=openings_of(warm, count, config.seed) if warm and not number else None,
-                agent=agent,
-                rule="sample",
-                keep_states=warm is not None,
-                exact=True if agent is not None else None,
-                keep_candidates=agent is not None and warm is not None and warm.distil_epochs > 0,
-                seed=derived_seed(config.seed, 1, number),
-                progress=progress,
-            )
-        with display.phase(f"scoring {whose}", total=count) as phase:
-            scores = score_in_batches(scorer, answers, phase.advance, patience)
-        return _ScoredAnswers(answers, scores)
-
-    count = warm.answers // warm.rounds if warm else config.ppo.scale_answers
-    found = sampled(0, count, None)
-    reward, figures = _scaled_reward(config, scorer.names, found)
-    if warm is None:
-        return BasePhase(reward, figures, runners.token_forwards, None, None)
-    usable: list[BaseAnswer] = []
-    agent: Agent | None = None
+    Rounds after the first add answers of the agent so far: what it would now do wrongly is what the
+    values fitted to base answers know least of.
+    """
+    seed, names = sampler.config.seed, sampler.scorer.names
+    figures: dict[str, float] = {}
+    usable = base.usable(reward, names)
     for number in range(warm.rounds):
-        if agent is not None:
-            found = sampled(number, count, agent)
-        usable.extend(found.usable(reward, scorer.names))
-        name = f"value warm start {number + 1} of {warm.rounds}"
         distils = warm.distil_epochs > 0 and 0 < number == warm.rounds - 1
         epochs = total_epochs(warm, spec.head) + (warm.distil_epochs if distils else 0)
-        with display.phase(name, total=epochs) as phase:
-
-            def epoch_done(done: int, phase: Phase = phase) -> None:
-                phase.advance(done)
-                check_interrupt()
-
-            fit = fit_value(usable, warm, spec.head, seed=config.seed, progress=epoch_done)
+        with sampler.phase(f"value warm start {number + 1} of {warm.rounds}", epochs) as progress:
+            fit = fit_value(usable, warm, spec.head, seed=seed, progress=progress)
             agent = Agent(spec)
-            lean(agent, fit, usable, warm.beta)
+            improve_policy(agent, fit, usable, warm.beta)
             if distils:
                 apart = distil(
-                    agent, usable, epochs=warm.distil_epochs, seed=config.seed, progress=epoch_done
+                    agent, usable, epochs=warm.distil_epochs, seed=seed, progress=progress
                 )
                 figures |= {
                     "warm_start/chain_kl_before": apart[0],
                     "warm_start/chain_kl": apart[1],
                 }
+        if number + 1 < warm.rounds:
+            usable.extend(sampler.sample(number + 1, agent).usable(reward, names))
     figures |= {
         "warm_start/r2": fit.r2,
         "warm_start/r2_within_prompt": fit.r2_within_prompt,
-        "warm_start/unscored": float(warm.rounds * count - len(usable)),
+        "warm_start/unscored": float(warm.rounds * sampler.count - len(usable)),
     }
-    return BasePhase(reward, figures, runners.token_forwards, agent, fit.value)
+    return agent, fit.value, figures
+
+
+@dataclass(frozen=True)
+class _Sampler:
+    """Samples and scores answers of the rollout actors' LLMs to these prompts."""
+
+    config: TrainConfig
+    prompts: list[str]
+    runners: RolloutGroup
+    scorer: Scorer
+    display: Display
+    check_interrupt: Callable[[], None]
+
+    @property
+    def count(self) -> int:
+        """Answers of a round."""
+        warm = self.config.warm_start
+        return warm.answers // warm.rounds if warm else self.config.ppo.scale_answers
+
+    def sample(self, number: int, agent: Agent | None) -> "_ScoredAnswers":
+        """The answers of a round: of the base LLM for None, else of ``agent``.
+
+        The agent's are decoded by the ``exact`` rule, which does what the values say and not what
+        the chain makes of it.
+        """
+        seed, warm = self.config.seed, self.config.warm_start
+        whose = "base answers" if agent is None else f"answers of round {number + 1}"
+        with self.phase(whose, self.count) as progress:
+            answers = self.runners.answers(
+                spread(self.prompts, self.count, derived_seed(seed, 3, number)),
+                openings=openings_of(warm, self.count, seed) if warm and not number else None,
+                agent=agent,
+                rule="sample",
+                keep_states=warm is not None,
+                exact=True if agent is not None else None,
+                keep_candidates=agent is not None and warm is not None and warm.distil_epochs > 0,
+                seed=derived_seed(seed, 1, number),
+                progress=progress,
+            )
+        with self.display.phase(f"scoring {whose}", total=self.count) as phase:
+            patient = patience(
+                self.config.ppo.no_progress_timeout_s,
+                self.display,
+                self.check_interrupt,
+                retry="asking for scores again",
+            )
+            scores = score_in_batches(self.scorer, answers, phase.advance, patient)
+        return _ScoredAnswers(answers, scores)
+
+    @contextlib.contextmanager
+    def phase(self, name: str, total: int) -> Iterator[Callable[[int], None]]:
+        """A phase of the display whose progress is a safe point."""
+        with self.display.phase(name, total=total) as phase:
+
+            def progress(done: int) -> None:
+                phase.advance(done)
+                self.check_interrupt()
+
+            yield progress
 
 
 @dataclass(frozen=True)
@@ -143,11 +166,11 @@ class _ScoredAnswers:
     def finite(self) -> np.ndarray:
         return np.isfinite(self.scores).all(-1)
 
-    def usable(self, reward: RewardSpec, names: tuple[str, ...]) -> list[BaseAnswer]:
+    def usable(self, reward: RewardSpec, names: tuple[str, ...]) -> list[SampledAnswer]:
         """Those with all scores, for the value fit."""
         terms = torch.from_numpy(reward.terms(names, self.scores))
         return [
-            BaseAnswer(a.prompt, a.states, row, a.candidates)
+            SampledAnswer(a.prompt, a.states, row, a.candidates)
             for a, row, ok in zip(self.answers, terms, self.finite, strict=True)
             if ok and a.states is not None
         ]
@@ -226,5 +249,5 @@ def openings_of(warm: WarmStartConfig, count: int, seed: int) -> list[str] | Non
     if not warm.openings:
         return None
     rng = np.random.default_rng([seed, 1])
-    opened = rng.random(count) < warm.opened_share
-    return [str(text) for text in np.where(opened, rng.choice(warm.openings, count), "")]
+    has_opening = rng.random(count) < warm.opened_share
+    return [str(text) for text in np.where(has_opening, rng.choice(warm.openings, count), "")]

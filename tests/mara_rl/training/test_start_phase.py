@@ -10,8 +10,8 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt
 
 from mara_rl.common.errors import RetryableError
 from mara_rl.decoding.answer import DecodedAnswer
-from mara_rl.training.base_phase import openings_of, prompts_of, score_in_batches, spread
 from mara_rl.training.config import WarmStartConfig
+from mara_rl.training.start_phase import openings_of, prompts_of, score_in_batches, spread
 
 
 def test_prompts_are_spread_evenly_and_repeats_stand_together() -> None:
