@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
+from pydantic_core import to_json
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -22,6 +23,8 @@ FORMAT = 1
 WEIGHTS_FILE = "agent.safetensors"
 SPEC_FILE = "agent.json"
 CARD_FILE = "README.md"
+_HASHED = ("hidden_size", "head", "rule", "fallback", "exact", "top_k", "top_p", "llm")
+"""The spec's fields in the order that an agent's SHA-256 takes them."""
 
 
 def save_agent(agent: Agent, folder: Path | str, *, metadata: dict[str, Any] | None = None) -> None:
@@ -74,7 +77,8 @@ def load_agent(folder: Path | str) -> Agent:
 
 def agent_sha256(agent: Agent) -> str:
     """The SHA-256 of an agent's spec and weights, wherever it was loaded from."""
-    digest = hashlib.sha256(agent.spec.model_dump_json().encode())
+    spec = agent.spec.model_dump()
+    digest = hashlib.sha256(to_json({name: spec[name] for name in _HASHED}))
     for key, tensor in sorted(agent.network.state_dict().items()):
         digest.update(key.encode())
         digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())

@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -58,14 +58,15 @@ def serve(
 ) -> None:
     """Serve aligned answers in OpenAI's shape, and a page to see them, until Ctrl-C."""
     from mara_rl.common.home import mara_home
-    from mara_rl.common.yaml_settings import read_settings
+    from mara_rl.common.yaml_settings import override
     from mara_rl.evaluation.plan import is_url
     from mara_rl.llm.policy_llm import SMOLLM2
     from services.endpoint.endpoint_config import EndpointConfig
     from services.endpoint.local_server import serve_locally
 
     models = _models(scores or [])
-    settings = read_settings("{}", "endpoint", overrides or [])
+    settings: dict[str, Any] = {}
+    override(settings, overrides or [])
     log_file = mara_home() / "logs" / f"endpoint-{port}.jsonl"
     config = EndpointConfig.parse(
         {

@@ -14,10 +14,10 @@ from mara_rl.common.yaml_settings import (
     NAME_PATTERN,
     Section,
     override,
-    preset_or_file,
     read_settings,
 )
-from mara_rl.llm.policy_llm import SMOLLM2, DType
+from mara_rl.llm.candidates import CandidateOverrides
+from mara_rl.llm.policy_llm import SMOLLM2, OptionalDType, SystemPrompt
 from mara_rl.prompts.prompt_files import PACKAGED
 
 AXES = ("reward", "cost")
@@ -27,15 +27,13 @@ ALIGNER_TEMPLATE = (
 )
 
 
-class BaseMethod(Section):
+class BaseMethod(CandidateOverrides):
     """An LLM without an agent: the plan's own or another, e.g. an RLHF- or DPO-tuned checkpoint."""
 
     kind: Literal["base"] = "base"
     llm: str | None = Field(None, description="another LLM; default: the plan's")
     rule: Literal["greedy", "sample"] = "greedy"
     temperature: float = Field(1.0, gt=0, description="for rule sample")
-    top_k: int | None = Field(None, ge=1, description="candidates of rule sample; default 40")
-    top_p: float | None = Field(None, gt=0, le=1, description="their mass; default 0.95")
     replicates: int = Field(1, ge=1, description="answers to each prompt")
 
     @property
@@ -131,7 +129,7 @@ class Judge(Section):
     reward: str = Field(description="score model of helpfulness; or a score service")
     cost: str = Field(description="score model of harm, lower is safer; or a score service")
     training: bool = Field(False, description="whether the agents were trained on these scores")
-    dtype: DType | None = Field(None, description="default: bfloat16 on CUDA, else float32")
+    dtype: OptionalDType = None
     serve: bool = Field(
         False, description="reward and cost name Serve applications, or are URLs of score services"
     )
@@ -150,8 +148,8 @@ class EvaluationPlan(Section):
     """A whole evaluation."""
 
     llm: str = Field(SMOLLM2, description="shipped name, hub id or folder of the LLM")
-    dtype: DType | None = Field(None, description="default: bfloat16 on CUDA, else float32")
-    system: str | None = Field(None, description="system prompt; null keeps the template's own")
+    dtype: OptionalDType = None
+    system: SystemPrompt = None
     prompts: str = Field(PACKAGED, description="packaged (held-out), or jsonl, json, parquet")
     max_prompts: int | None = Field(None, ge=1, description="that many, spread over the file")
     training_prompts: str | None = Field(
@@ -261,8 +259,7 @@ def read_plan(name_or_path: str | None, overrides: Sequence[str]) -> dict[str, A
 
     Judges and weights have their defaults before overrides change single keys of them.
     """
-    text = "{}" if name_or_path is None else preset_or_file("plan", name_or_path, PRESETS)
-    values = read_settings(text, f"plan {name_or_path!r}")
+    values = {} if name_or_path is None else read_settings("plan", name_or_path, PRESETS)
     for name in ("judges", "weights"):
         values.setdefault(name, to_jsonable_python(EvaluationPlan.model_fields[name].default))
     override(values, overrides)
