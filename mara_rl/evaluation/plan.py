@@ -10,6 +10,7 @@ from pydantic_core import to_jsonable_python
 
 from mara_rl.agents.agent import Rule
 from mara_rl.common.errors import ConfigError, first_problem
+from mara_rl.common.urls import is_http_url
 from mara_rl.common.yaml_settings import (
     NAME_PATTERN,
     Section,
@@ -141,7 +142,7 @@ class Judge(Section):
     @property
     def asks_ray(self) -> bool:
         """Whether a score comes from an application of the cluster."""
-        return self.serve and not all(is_url(self.model(axis)) for axis in AXES)
+        return self.serve and not all(is_http_url(self.model(axis)) for axis in AXES)
 
 
 class EvaluationPlan(Section):
@@ -247,11 +248,6 @@ class EvaluationPlan(Section):
 
 
 PRESETS = resources.files("mara_rl.evaluation") / "presets"
-
-
-def is_url(score_service: str) -> bool:
-    """Whether a score service is named by URL, not by application."""
-    return score_service.startswith(("http://", "https://"))
 
 
 def read_plan(name_or_path: str | None, overrides: Sequence[str]) -> dict[str, Any]:

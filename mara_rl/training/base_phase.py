@@ -5,27 +5,20 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tenacity import (
-    RetryCallState,
-    Retrying,
-    retry_if_exception_type,
-    stop_after_delay,
-    wait_fixed,
-)
+from tenacity import Retrying
 
 from envs.protocols import Scorer
 from envs.reward import RewardSpec
 from mara_rl.agents.agent import AcceptNetwork, Agent, AgentSpec
 from mara_rl.common.display import Display, Phase
-from mara_rl.common.errors import DataError, RetryableError
+from mara_rl.common.errors import DataError
 from mara_rl.decoding.answer import DecodedAnswer
 from mara_rl.training.config import TrainConfig, WarmStartConfig
+from mara_rl.training.faults.patience import patience
 from mara_rl.training.rllib.rollout_group import RolloutGroup, derived_seed
 from mara_rl.training.warm_start.distillation import distil
 from mara_rl.training.warm_start.token_credit import BaseAnswer
 from mara_rl.training.warm_start.value_warm_start import fit_value, lean, total_epochs
-
-_RETRY_WAIT_S = 2.0
 
 
 @dataclass(frozen=True)
@@ -58,17 +51,7 @@ def run_base_phase(
     if warm:
         prompts = prompts_of(warm, prompts, config.seed)
 
-    def told(attempt: RetryCallState) -> None:
-        display.line(f"asking for scores again: {attempt.outcome and attempt.outcome.exception()}")
-        check_interrupt()
-
-    patience = Retrying(
-        stop=stop_after_delay(config.ppo.no_progress_timeout_s),
-        wait=wait_fixed(_RETRY_WAIT_S),
-        retry=retry_if_exception_type(RetryableError),
-        before_sleep=told,
-        reraise=True,
-    )
+    patient = patience(config.ppo.no_progress_timeout_s, display, check_interrupt)
 
     def sampled(number: int, count: int, agent: Agent | None) -> _ScoredAnswers:
         whose = "base answers" if agent is None else f"answers of round {number + 1}"
@@ -90,7 +73,7 @@ def run_base_phase(
                 progress=progress,
             )
         with display.phase(f"scoring {whose}", total=count) as phase:
-            scores = score_in_batches(scorer, answers, phase.advance, patience)
+            scores = score_in_batches(scorer, answers, phase.advance, patient)
         return _ScoredAnswers(answers, scores)
 
     count = warm.answers // warm.rounds if warm else config.ppo.scale_answers

@@ -1,4 +1,4 @@
-"""Waiting for Redis and MLflow to come back."""
+"""Waiting for services that are away to come back."""
 
 from collections.abc import Callable
 

@@ -176,14 +176,21 @@ def _fitted_differences(fit: ValueFit, answers: Sequence[BaseAnswer]) -> AcceptN
     states = torch.cat([a.states[1:] for a in answers])
     network = AcceptNetwork(states.shape[-1], outputs=1)
     network.load_state_dict(fit.candidate.state_dict())
-    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-4)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(4):
+
+    def losses() -> Iterator[Tensor]:
         for rows in torch.randperm(len(targets), generator=generator).split(512):
-            loss = (network(states[rows])[:, 0] - targets[rows]).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            yield (network(states[rows])[:, 0] - targets[rows]).square().mean()
+
+    fit_network(
+        network,
+        losses,
+        name="fit of value differences",
+        epochs=4,
+        batches=math.ceil(len(targets) / 512),
+        lr=3e-4,
+        weight_decay=1e-2,
+    )
     return network
 
 

@@ -14,7 +14,6 @@ from mara_rl.prompts.prompt_files import PromptRecord
 from services.cluster.redis_server import (
     connect,
     embedded_redis,
-    hide_password,
     redis_errors,
     redis_url,
 )
@@ -101,22 +100,6 @@ def test_an_old_server_is_refused(empty_redis, monkeypatch):
         redis_url(allow_embedded=False),
     ):
         pass
-
-
-@pytest.mark.parametrize(
-    ("url", "shown"),
-    [
-        ("redis://host:1/0", "redis://host:1/0"),
-        ("redis://:p@ss/w:rd@host:1/0", "redis://***@host:1/0"),
-        ("rediss://user:pw@host/2?ssl_cert_reqs=none", "rediss://***@host/2?ssl_cert_reqs=none"),
-        (
-            "unix:///run/r.sock?db=1&password=pw&username=me",
-            "unix:///run/r.sock?db=1&password=***&username=***",
-        ),
-    ],
-)
-def test_hide_password(url, shown):
-    assert hide_password(url) == shown
 
 
 def test_errors_that_may_pass_and_others(empty_redis):
