@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from pydantic_core import to_json
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from mara_rl.agents.agent import Agent, AgentSpec
 from mara_rl.agents.agent_card import agent_card
-from mara_rl.common.errors import DataError, first_line, first_problem
+from mara_rl.common.errors import DataError, first_line, validated
 
 FORMAT = 1
 WEIGHTS_FILE = "agent.safetensors"
@@ -98,10 +97,7 @@ def read_agent_spec(folder: Path) -> tuple[AgentSpec, dict[str, Any]]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise DataError(f"{path} has format {found!r}; expected {FORMAT}")
-    try:
-        spec = AgentSpec.model_validate(content.get("agent"))
-    except ValidationError as error:
-        raise DataError(f"{path}: {first_problem(error, 'agent')}") from error
+    spec = validated(AgentSpec, content.get("agent"), f"{path}", prefix="agent", error=DataError)
     metadata = content.get("metadata", {})
     if not isinstance(metadata, dict):
         raise DataError(f"{path}: metadata is {metadata!r}; expected a mapping")

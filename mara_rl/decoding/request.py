@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from mara_rl.agents.agent import Fallback, Rule, check_exact
-from mara_rl.common.errors import ConfigError, DataError, first_problem
+from mara_rl.common.errors import ConfigError, DataError, validated
 from mara_rl.decoding.blend import Blend
 from mara_rl.llm.candidates import CandidateOverrides, CandidateRule
 from mara_rl.llm.policy_llm import PolicyLLM
@@ -35,10 +35,7 @@ class DecodeSettings(CandidateOverrides):
     @classmethod
     def parse(cls, **values: Any) -> "DecodeSettings":
         """Settings from what a user gave. Raises ConfigError naming the first bad one."""
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise ConfigError(first_problem(error)) from error
+        return validated(cls, values)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

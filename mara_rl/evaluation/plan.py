@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import to_jsonable_python
 
 from mara_rl.agents.agent import Rule
-from mara_rl.common.errors import ConfigError, first_problem
+from mara_rl.common.errors import validated
 from mara_rl.common.urls import is_http_url
 from mara_rl.common.yaml_settings import (
     NAME_PATTERN,
@@ -264,7 +264,4 @@ def read_plan(name_or_path: str | None, overrides: Sequence[str]) -> dict[str, A
 
 def checked_plan(values: Mapping[str, Any], name: str = "plan") -> EvaluationPlan:
     """The plan in ``values``. Raises ConfigError naming the key, its value, what was expected."""
-    try:
-        return EvaluationPlan.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"{name}: {first_problem(error)}") from error
+    return validated(EvaluationPlan, values, name)

@@ -5,11 +5,11 @@ from importlib import resources
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from envs.task_settings import AnswerSettings
 from mara_rl.agents.agent import AgentKind, AgentSpec, Head
-from mara_rl.common.errors import ConfigError, first_problem
+from mara_rl.common.errors import validated
 from mara_rl.common.yaml_settings import (
     NAME_PATTERN,
     Section,
@@ -293,7 +293,4 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> TrainConfig
     Raises ConfigError, one line, naming the key, its value and what was expected.
     """
     values = read_settings("config", name_or_path, PRESETS, overrides)
-    try:
-        return TrainConfig.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"config {name_or_path!r}: {first_problem(error)}") from error
+    return validated(TrainConfig, values, f"config {name_or_path!r}")

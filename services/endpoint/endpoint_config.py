@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from mara_rl.common.errors import ConfigError, first_problem
+from mara_rl.common.errors import validated
 from mara_rl.llm.policy_llm import SMOLLM2, OptionalDType
 from services.cluster.replica_config import ReplicaConfig
 from services.endpoint.decode_plan import ApiLimits
@@ -51,10 +51,7 @@ class EndpointConfig(ReplicaConfig):
     @classmethod
     def parse(cls, values: dict[str, Any]) -> "EndpointConfig":
         """A config from what a user gave. Raises ConfigError naming the first bad field."""
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise ConfigError(f"endpoint: {first_problem(error)}") from error
+        return validated(cls, values, "endpoint")
 
     @property
     def alone(self) -> bool:

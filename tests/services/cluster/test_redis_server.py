@@ -128,15 +128,15 @@ def test_errors_that_may_pass_and_others(empty_redis):
 def test_embedded_data_stays_and_the_server_does_not(tmp_path):
     with redis_url(allow_embedded=True) as url:
         PromptQueue(connect(url), "q").push([PromptRecord("a", "text")])
-        held = PromptQueue(connect(url), "q").read("reader", 1)
-    assert len(held) == 1
+        pending = PromptQueue(connect(url), "q").read("reader", 1)
+    assert len(pending) == 1
     assert not answers(url)
     socket = Path(url.removeprefix("unix://"))
     assert not socket.parent.exists()
     assert not (tmp_path / "home" / "redis" / "url").exists()
     with redis_url(allow_embedded=True) as again:
         assert again != url
-        assert PromptQueue(connect(again), "q").read_pending("reader") == held
+        assert PromptQueue(connect(again), "q").read_pending("reader") == pending
 
 
 def test_only_the_user_can_reach_it(tmp_path):
