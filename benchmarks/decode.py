@@ -83,7 +83,7 @@ def serial(
     """Tokens by rule `threshold`, one candidate a forward; seconds, the tokens, the forwards."""
     started_s = time.perf_counter()
     engine = SlotEngine(llm, len(prompts))
-    walk = CandidateWalk(engine, top_k=agent.spec.top_k, top_p=agent.spec.top_p)
+    walk = CandidateWalk(engine, agent.spec.candidates)
     for slot, prompt in enumerate(prompts):
         walk.start(slot, llm.prompt_ids(prompt))
     moves = torch.zeros(len(prompts), dtype=torch.long)

@@ -59,8 +59,7 @@ class LocalAnswers:
             keep_states=keep_states,
             exact=exact,
             keep_candidates=keep_candidates,
-            top_k=self._config.candidates.top_k,
-            top_p=self._config.candidates.top_p,
+            **self._config.candidates.model_dump(),
         )
         found: list[DecodedAnswer] = []
         slots = self._config.rollouts.num_slots

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from envs.candidate_walk import ACCEPT, CandidateWalk
-from envs.observation import FORCED, StateDType, encode_state
+from envs.observation import FORCED, encode_state
 from envs.protocols import Prompt, PromptSource, Scorer
 from envs.reward import RewardSpec
+from envs.task_settings import TaskSettings
 from mara_rl.common.errors import DataError, RetryableError
 from mara_rl.llm.policy_llm import PolicyLLM
 from mara_rl.llm.slot_engine import SlotEngine
@@ -68,34 +69,22 @@ class AcceptRejectTask:
         self,
         llm: PolicyLLM,
         num_slots: int,
+        settings: TaskSettings,
         *,
         prompts: PromptSource,
         scorer: Scorer,
         reward: RewardSpec,
-        max_new_tokens: int,
-        top_k: int,
-        top_p: float,
-        prefix: bool,
-        system: str | None,
-        defer_scores: bool,
-        prefill_chunk_tokens: int,
-        state_dtype: StateDType,
     ) -> None:
         self.llm = llm
         self.num_slots = num_slots
+        self.settings = settings
         self.prompts = prompts
         self.scorer = scorer
         self.reward = reward
-        self.max_new_tokens = max_new_tokens
-        self.system = system
-        self.defer_scores = defer_scores
-        self.state_dtype = state_dtype
-        self._prefix = prefix
         self.walk = CandidateWalk(
             SlotEngine(llm, num_slots),
-            top_k=top_k,
-            top_p=top_p,
-            prefill_chunk_tokens=prefill_chunk_tokens,
+            settings.candidates,
+            prefill_chunk_tokens=settings.prefill_chunk_tokens,
         )
         self.last_failure = ""
         self._num_failed = 0  # not yet taken
@@ -132,13 +121,13 @@ class AcceptRejectTask:
             ended[slot] = self._finish(slot, "failed")
             walk.engine.scrub([slot])
             self._fail(ended[slot], "the LLM's hidden state is not finite")
-        if not self.defer_scores:
+        if not self.settings.defer_scores:
             self.score([a for a in ended.values() if a.finish_reason != "failed"])
         return ended
 
     def observations(self) -> dict[str, np.ndarray]:
         """Fresh observation arrays of all slots; idle slots and unread prompts: zeros, forced."""
-        walk = self.walk
+        walk, dtype = self.walk, self.settings.state_dtype
         index = walk.index[:, None]
         used = torch.tensor([len(tokens) for tokens in walk.tokens])
         x = torch.stack(
@@ -147,7 +136,7 @@ class AcceptRejectTask:
                 walk.sets.probs.gather(1, index)[:, 0].clamp_min(1e-38).log(),
                 walk.index.float(),
                 walk.sets.mass_left.gather(1, index)[:, 0],
-                (self.max_new_tokens - used).float(),
+                (self.settings.max_new_tokens - used).float(),
                 walk.forced.float(),
             ],
             dim=-1,
@@ -155,10 +144,10 @@ class AcceptRejectTask:
         idle = ~walk.active
         x[idle] = 0.0
         x[idle, FORCED] = 1.0
-        observations = {"h": encode_state(walk.h, self.state_dtype), "x": x.numpy()}
+        observations = {"h": encode_state(walk.h, dtype), "x": x.numpy()}
         observations["h"][idle.numpy()] = 0
-        if self._prefix:
-            observations["h_prefix"] = encode_state(walk.h_prefix, self.state_dtype)
+        if self.settings.prefix:
+            observations["h_prefix"] = encode_state(walk.h_prefix, dtype)
             observations["h_prefix"][idle.numpy()] = 0
         return observations
 
@@ -206,8 +195,10 @@ class AcceptRejectTask:
     def _begin(self, slot: int) -> None:
         while True:
             prompt = self.prompts.next()
-            ids = self.llm.prompt_ids(prompt.text, self.system) if prompt.text.strip() else []
-            room = self.llm.context_tokens - self.max_new_tokens
+            ids = []
+            if prompt.text.strip():
+                ids = self.llm.prompt_ids(prompt.text, self.settings.system)
+            room = self.llm.context_tokens - self.settings.max_new_tokens
             if ids and len(ids) <= room:
                 break
             reason = (
@@ -227,7 +218,7 @@ class AcceptRejectTask:
         for slot in accepted.nonzero()[:, 0].tolist():
             tokens = self.walk.tokens[slot]
             stop = pending[slot] in self.llm.eos_ids
-            if stop or len(tokens) + 1 >= self.max_new_tokens:
+            if stop or len(tokens) + 1 >= self.settings.max_new_tokens:
                 tokens.append(pending[slot])
                 ended[slot] = self._finish(slot, "stop" if stop else "length")
         return ended

@@ -6,7 +6,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from mara_rl.llm.candidates import CandidateSets, candidate_sets
+from mara_rl.llm.candidates import CandidateRule, CandidateSets, candidate_sets
 from mara_rl.llm.prefill import PromptReader
 from mara_rl.llm.slot_engine import SlotEngine
 
@@ -27,23 +27,18 @@ class CandidateWalk:
     """
 
     def __init__(
-        self,
-        engine: SlotEngine,
-        *,
-        top_k: int,
-        top_p: float,
-        prefill_chunk_tokens: int = 512,
+        self, engine: SlotEngine, rule: CandidateRule, *, prefill_chunk_tokens: int = 512
     ) -> None:
         slots, hidden = engine.num_slots, engine.llm.hidden_size
         self.engine = engine
-        self.top_k, self.top_p = top_k, top_p
+        self.rule = rule
         state = {"device": engine.llm.device, "dtype": engine.llm.model.dtype}
         self.h = torch.zeros(slots, hidden, **state)
         self.h_prefix = torch.zeros(slots, hidden, **state)
         self.index = torch.zeros(slots, dtype=torch.long)
         self.active = torch.zeros(slots, dtype=torch.bool)
         self.tokens: list[list[int]] = [[] for _ in range(slots)]
-        self.sets = CandidateSets.empty(slots, top_k)
+        self.sets = CandidateSets.empty(slots, rule.top_k)
         self._reader = PromptReader(engine, prefill_chunk_tokens)
 
     @property
@@ -93,7 +88,7 @@ class CandidateWalk:
         grown += complete
         if grown:
             logits = self.engine.logits(self.h_prefix[grown])
-            self.sets.put(grown, candidate_sets(logits, self.top_k, self.top_p))
+            self.sets.put(grown, candidate_sets(logits, self.rule))
             self.index[grown] = 0
             self.active[grown] = True
         self.h = self.engine.propose(self.pending_ids())

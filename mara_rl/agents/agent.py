@@ -3,36 +3,39 @@
 from typing import Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from mara_rl.common.errors import DataError
+from mara_rl.common.yaml_settings import Section
+from mara_rl.llm.candidates import CandidateRule
 
 Head = Literal["paper", "anchored", "relative", "advantage"]
 Rule = Literal["argmax_induced", "threshold", "sample"]
 Fallback = Literal["last", "first"]
 
 
-class AgentSpec(BaseModel):
-    """Everything beside the weights that fixes what an agent does; saved with them."""
+class AgentKind(Section):
+    """How an agent judges candidates and how it decodes."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    hidden_size: int = Field(gt=0, description="H of the LLM whose hidden states the agent reads")
     head: Head = Field(description="how the MLP's output becomes an accept log-odds")
     rule: Rule = Field("argmax_induced", description="how a token is chosen when decoding")
     fallback: Fallback = Field("last", description="candidate taken when `threshold` accepts none")
     exact: bool = Field(
         False, description="decode by looking at all candidates: π(t_k) ∝ p_k e^{term_k}"
     )
-    top_k: int = Field(40, ge=1, description="candidates kept by top-k")
-    top_p: float = Field(0.95, gt=0, le=1, description="mass kept by top-p, after top-k")
-    llm: str = Field("", description="name of the LLM the agent was trained on")
 
     @model_validator(mode="after")
     def _exact_is_possible(self) -> Self:
         check_exact(self.head, self.rule, self.exact)
         return self
+
+
+class AgentSpec(CandidateRule, AgentKind):
+    """Everything beside the weights that fixes what an agent does; saved with them."""
+
+    hidden_size: int = Field(gt=0, description="H of the LLM whose hidden states the agent reads")
+    llm: str = Field("", description="name of the LLM the agent was trained on")
 
     @property
     def needs_prefix(self) -> bool:

@@ -9,19 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
+from pydantic_core import to_json
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mara_rl.agents.agent import Agent, AgentSpec
 from mara_rl.agents.agent_card import agent_card
-from mara_rl.common.errors import DataError, first_line, first_problem
+from mara_rl.common.errors import DataError, first_line, validated
 
 FORMAT = 1
 WEIGHTS_FILE = "agent.safetensors"
 SPEC_FILE = "agent.json"
 CARD_FILE = "README.md"
+_HASHED = ("hidden_size", "head", "rule", "fallback", "exact", "top_k", "top_p", "llm")
+"""The spec's fields in the order that an agent's SHA-256 takes them."""
 
 
 def save_agent(agent: Agent, folder: Path | str, *, metadata: dict[str, Any] | None = None) -> None:
@@ -74,7 +76,8 @@ def load_agent(folder: Path | str) -> Agent:
 
 def agent_sha256(agent: Agent) -> str:
     """The SHA-256 of an agent's spec and weights, wherever it was loaded from."""
-    digest = hashlib.sha256(agent.spec.model_dump_json().encode())
+    spec = agent.spec.model_dump()
+    digest = hashlib.sha256(to_json({name: spec[name] for name in _HASHED}))
     for key, tensor in sorted(agent.network.state_dict().items()):
         digest.update(key.encode())
         digest.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
@@ -94,10 +97,7 @@ def read_agent_spec(folder: Path) -> tuple[AgentSpec, dict[str, Any]]:
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__
         raise DataError(f"{path} has format {found!r}; expected {FORMAT}")
-    try:
-        spec = AgentSpec.model_validate(content.get("agent"))
-    except ValidationError as error:
-        raise DataError(f"{path}: {first_problem(error, 'agent')}") from error
+    spec = validated(AgentSpec, content.get("agent"), f"{path}", prefix="agent", error=DataError)
     metadata = content.get("metadata", {})
     if not isinstance(metadata, dict):
         raise DataError(f"{path}: metadata is {metadata!r}; expected a mapping")

@@ -51,8 +51,6 @@ def load_published_actor(path: Path) -> Agent:
         head="paper",
         rule="threshold",
         fallback="first",
-        top_k=40,
-        top_p=0.95,
         llm="",
     )
     return agent_with_weights(spec, state, path)

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mara_rl.cli.options import SingleNode
 from mara_rl.common.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,13 +27,10 @@ _Ref = Annotated[
         help="models:/name@alias, models:/name/version, runs:/id/path, a folder or a .pth file.",
     ),
 ]
-_SingleNode = Annotated[
-    bool, typer.Option("--single-node", help="Use this machine's own MLflow even in a cluster.")
-]
 
 
 @app.command("list")
-def list_agents(single_node: _SingleNode = False) -> None:
+def list_agents(single_node: SingleNode = False) -> None:
     """List the registered agents with their candidate and champion."""
     agents = _registry(single_node).list()
     rows = [(a.name, str(a.candidate or "–"), str(a.champion or "–")) for a in agents]
@@ -42,7 +40,7 @@ def list_agents(single_node: _SingleNode = False) -> None:
 @app.command()
 def show(
     name: Annotated[str, typer.Argument(metavar="NAME|REF", help="A registered agent, or a REF.")],
-    single_node: _SingleNode = False,
+    single_node: SingleNode = False,
 ) -> None:
     """Show the versions of a registered agent, or one agent with its settings."""
     from mara_rl.agents.agent_refs import fetch_agent
@@ -77,7 +75,7 @@ def show(
 def export(
     ref: _Ref,
     out: Annotated[Path, typer.Option(help="New folder for the agent.")],
-    single_node: _SingleNode = False,
+    single_node: SingleNode = False,
 ) -> None:
     """Write an agent to a folder of its own: agent.safetensors, agent.json and a card.
 
@@ -114,7 +112,7 @@ def import_agent(
     name: Annotated[
         str | None, typer.Option(help="The registered name; mara-<llm> unless given.")
     ] = None,
-    single_node: _SingleNode = False,
+    single_node: SingleNode = False,
 ) -> None:
     """Register an agent from elsewhere as a new candidate."""
     import tempfile
@@ -154,7 +152,7 @@ def promote(
     version: Annotated[int, typer.Option(min=1, help="The version to make champion.")],
     force: Annotated[bool, typer.Option("--force", help="Skip the gate, e.g. to go back.")] = False,
     reason: Annotated[str | None, typer.Option(help="Why; kept with the version.")] = None,
-    single_node: _SingleNode = False,
+    single_node: SingleNode = False,
 ) -> None:
     """Make a version champion if its recorded preference rate suffices.
 

@@ -131,7 +131,8 @@ def _home() -> str:
 
 
 def _redis() -> str:
-    from services.cluster.redis_server import connect, hide_password, redis_errors, redis_url
+    from mara_rl.common.urls import hide_credentials
+    from services.cluster.redis_server import connect, redis_errors, redis_url
 
     with (
         redis_url(allow_embedded=_alone()) as url,
@@ -140,12 +141,13 @@ def _redis() -> str:
     ):
         version = client.info("server")["redis_version"]
     if os.environ.get("MARA_REDIS_URL"):
-        return f"{version} at {hide_password(url)}"
+        return f"{version} at {hide_credentials(url)}"
     return f"{version}, embedded (MARA_REDIS_URL is not set)"
 
 
 def _mlflow() -> str:
-    from mara_rl.tracking.store import hide_credentials, tracking_uri
+    from mara_rl.common.urls import hide_credentials
+    from mara_rl.tracking.store import tracking_uri
 
     uri = tracking_uri(allow_local=_alone())
     note = "" if os.environ.get("MLFLOW_TRACKING_URI") else " (MLFLOW_TRACKING_URI is not set)"

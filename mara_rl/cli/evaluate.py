@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mara_rl.cli.options import AgentsLLM, AllowOtherLLM, Overrides, SingleNode
 from mara_rl.common.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -32,9 +33,7 @@ def evaluate(
             "champion for the LLM.",
         ),
     ] = None,
-    llm: Annotated[
-        str | None, typer.Option(help="The LLM; unless given the one the agent was trained on.")
-    ] = None,
+    llm: AgentsLLM = None,
     prompts: Annotated[
         str | None, typer.Option(help="A jsonl, json or parquet file; or packaged, the default.")
     ] = None,
@@ -71,18 +70,12 @@ def evaluate(
     drop_seen: Annotated[
         bool, typer.Option("--drop-seen", help="Leave out prompts seen in training.")
     ] = False,
-    allow_other_llm: Annotated[
-        bool, typer.Option("--allow-other-llm", help="Use agents of another LLM of this size.")
-    ] = False,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a setting: a.b=value. Repeatable.")
-    ] = None,
+    allow_other_llm: AllowOtherLLM = False,
+    overrides: Overrides = None,
     track: Annotated[
         bool, typer.Option("--track", help="Log to MLflow; tag agents that come from its registry.")
     ] = False,
-    single_node: Annotated[
-        bool, typer.Option("--single-node", help="Use this machine's own MLflow even in a cluster.")
-    ] = False,
+    single_node: SingleNode = False,
 ) -> None:
     """Compare methods on the same prompts: answers, scores, intervals, report.
 

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mara_rl.cli.options import AgentsLLM, AllowOtherLLM, DTypeName
 from mara_rl.common.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -26,9 +27,7 @@ def generate(
         list[float] | None, typer.Option("--weight", help="One per --agent; equal unless given.")
     ] = None,
     base: Annotated[bool, typer.Option("--base", help="The LLM alone, without an agent.")] = False,
-    llm: Annotated[
-        str | None, typer.Option(help="The LLM; unless given the one the agent was trained on.")
-    ] = None,
+    llm: AgentsLLM = None,
     strength: Annotated[
         float | None, typer.Option(help="Scales the agents: 0 the LLM alone, 1 as trained.")
     ] = None,
@@ -51,15 +50,11 @@ def generate(
     top_k: Annotated[int | None, typer.Option(help="Candidates by top-k; the agent's own.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Mass by top-p; the agent's own.")] = None,
     system: Annotated[str | None, typer.Option(help="A system prompt.")] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; fits the device.")
-    ] = None,
+    dtype: DTypeName = None,
     trace: Annotated[
         bool, typer.Option("--trace", help="Then show how each token was chosen.")
     ] = False,
-    allow_other_llm: Annotated[
-        bool, typer.Option("--allow-other-llm", help="Use an agent of another LLM of this size.")
-    ] = False,
+    allow_other_llm: AllowOtherLLM = False,
     allow_other_candidates: Annotated[
         bool,
         typer.Option("--allow-other-candidates", help="Let --top-k, --top-p differ from its own."),

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from mara_rl.cli.options import SingleNode
 from mara_rl.common.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Push prompts into a queue, see what became of them.")
 
 _Queue = Annotated[str, typer.Option("--queue", help="Name of the queue.")]
-_SingleNode = Annotated[
-    bool, typer.Option("--single-node", help="Use this machine's own Redis even inside a cluster.")
-]
 
 
 @app.command()
@@ -28,7 +26,7 @@ def push(
     file: Annotated[Path, typer.Argument(help="Prompts: .jsonl, .json or .parquet.")],
     queue: _Queue = "default",
     repeats: Annotated[int, typer.Option(min=1, help="Answers an epoch for each prompt.")] = 1,
-    single_node: _SingleNode = False,
+    single_node: SingleNode = False,
 ) -> None:
     """Add the prompts of FILE to a queue; those already there are left as they are."""
     from mara_rl.prompts.prompt_files import read_prompts
@@ -44,7 +42,7 @@ def push(
 
 
 @app.command()
-def status(queue: _Queue = "default", single_node: _SingleNode = False) -> None:
+def status(queue: _Queue = "default", single_node: SingleNode = False) -> None:
     """Show how many prompts wait, are being answered, were delivered, are dead."""
     with _open_queue(queue, single_node) as target:
         figures = target.status()
@@ -63,7 +61,7 @@ def status(queue: _Queue = "default", single_node: _SingleNode = False) -> None:
 
 
 @app.command()
-def requeue(queue: _Queue = "default", single_node: _SingleNode = False) -> None:
+def requeue(queue: _Queue = "default", single_node: SingleNode = False) -> None:
     """Put the dead letters of a queue back into it."""
     with _open_queue(queue, single_node) as target:
         count = target.requeue_dead()
@@ -72,7 +70,8 @@ def requeue(queue: _Queue = "default", single_node: _SingleNode = False) -> None
 
 @contextlib.contextmanager
 def _open_queue(name: str, single_node: bool, *, create: bool = False) -> Iterator["PromptQueue"]:
-    from services.cluster.redis_server import connect, hide_password, redis_errors, redis_url
+    from mara_rl.common.urls import hide_credentials
+    from services.cluster.redis_server import connect, redis_errors, redis_url
     from services.prompt_queue.prompt_queue import PromptQueue
 
     # Ray sets RAY_ADDRESS inside jobs: a Redis of one node would be lost on the cluster.
@@ -86,7 +85,7 @@ def _open_queue(name: str, single_node: bool, *, create: bool = False) -> Iterat
         queue = PromptQueue(client, name, create=create)
         if not create and not PromptQueue.exists(client, name):
             raise ConfigError(
-                f"queue {name!r}: no such queue in {hide_password(url)}; expected one that "
+                f"queue {name!r}: no such queue in {hide_credentials(url)}; expected one that "
                 "`mara-rl prompts push` or a run has made, not more than a week ago in the case of "
                 "a finished run"
             )

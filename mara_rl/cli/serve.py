@@ -2,9 +2,11 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from mara_rl.cli.options import AllowOtherLLM, DTypeName
 
 
 def serve(
@@ -37,18 +39,14 @@ def serve(
         int | None, typer.Option(help="CPU threads of a replica; unless given all but one.")
     ] = None,
     gpus: Annotated[float, typer.Option(help="GPUs of a replica; 0 runs on the CPU.")] = 0.0,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16 or float16; fits the device.")
-    ] = None,
+    dtype: DTypeName = None,
     keys_file: Annotated[
         Path | None, typer.Option(help="API keys, one a line, beside those of MARA_API_KEY.")
     ] = None,
     log_text: Annotated[
         bool, typer.Option("--log-text", help="Write prompts and answers to the request log.")
     ] = False,
-    allow_other_llm: Annotated[
-        bool, typer.Option("--allow-other-llm", help="Let agents of another LLM of this size in.")
-    ] = False,
+    allow_other_llm: AllowOtherLLM = False,
     overrides: Annotated[
         list[str] | None,
         typer.Option(
@@ -58,14 +56,15 @@ def serve(
 ) -> None:
     """Serve aligned answers in OpenAI's shape, and a page to see them, until Ctrl-C."""
     from mara_rl.common.home import mara_home
-    from mara_rl.common.yaml_settings import read_settings
-    from mara_rl.evaluation.plan import is_url
+    from mara_rl.common.urls import is_http_url
+    from mara_rl.common.yaml_settings import override
     from mara_rl.llm.policy_llm import SMOLLM2
     from services.endpoint.endpoint_config import EndpointConfig
     from services.endpoint.local_server import serve_locally
 
     models = _models(scores or [])
-    settings = read_settings("{}", "endpoint", overrides or [])
+    settings: dict[str, Any] = {}
+    override(settings, overrides or [])
     log_file = mara_home() / "logs" / f"endpoint-{port}.jsonl"
     config = EndpointConfig.parse(
         {
@@ -80,11 +79,11 @@ def serve(
             "log_text": log_text,
             "log_file": log_file,
             "allow_other_llm": allow_other_llm,
-            "score_apps": {name: at if is_url(at) else name for name, at in models.items()},
+            "score_apps": {name: at if is_http_url(at) else name for name, at in models.items()},
             **settings,
         }
     )
-    started = {name: model for name, model in models.items() if not is_url(model)}
+    started = {name: model for name, model in models.items() if not is_http_url(model)}
     serve_locally(config, started, host=host, port=port, announce=print)
 
 

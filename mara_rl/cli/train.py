@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from mara_rl.cli.options import Overrides, SingleNode
+
 # An NFS server keeps the lock of a machine that is gone for some 90 s; a driver whose cluster is
 # gone lives for 60 s.
 _HANDOVER_S = 120.0
@@ -13,9 +15,7 @@ def train(
     config: Annotated[
         str | None, typer.Argument(help="A preset (quickstart, …) or a YAML file.")
     ] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Option("--set", help="Override a setting: a.b=value. Repeatable.")
-    ] = None,
+    overrides: Overrides = None,
     resume: Annotated[
         str | None, typer.Option("--resume", help="Continue a run, by name or folder.")
     ] = None,
@@ -27,10 +27,7 @@ def train(
             "is done. For jobs that may be submitted again.",
         ),
     ] = None,
-    single_node: Annotated[
-        bool,
-        typer.Option("--single-node", help="Use this machine's Redis and MLflow inside a cluster."),
-    ] = False,
+    single_node: SingleNode = False,
 ) -> None:
     """Train an agent: warm start, PPO, held-out comparison, registry."""
     from rich.console import Console

@@ -1,9 +1,10 @@
 """The errors a user can meet. Each message is one line: the field, its value, what was expected."""
 
-from typing import TYPE_CHECKING
+from typing import TypeVar
 
-if TYPE_CHECKING:
-    from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
+
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 class MaraError(Exception):
@@ -27,7 +28,7 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-def first_problem(error: "ValidationError", prefix: str = "") -> str:
+def first_problem(error: ValidationError, prefix: str = "") -> str:
     """The first thing pydantic found wrong, on one line; ``prefix`` goes before its path."""
     first = error.errors()[0]
     key = ".".join([*filter(None, [prefix]), *(str(part) for part in first["loc"])])
@@ -39,3 +40,19 @@ def first_problem(error: "ValidationError", prefix: str = "") -> str:
     if first["type"] == "missing":
         return f"{key}: missing"
     return f"{key}: {message[0].lower()}{message[1:]}, not {first['input']!r}"
+
+
+def validated(
+    model: type[_Model],
+    values: object,
+    where: str = "",
+    *,
+    prefix: str = "",
+    error: type[MaraError] = ConfigError,
+) -> _Model:
+    """``values`` as a ``model``. Raises ``error``, one line: ``where``, and the `first_problem`."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as invalid:
+        problem = first_problem(invalid, prefix)
+        raise error(f"{where}: {problem}" if where else problem) from invalid

@@ -27,32 +27,32 @@ def names_in(presets: Traversable) -> list[str]:
     )
 
 
-def preset_or_file(kind: str, name_or_path: str, presets: Traversable) -> str:
-    """The text of a preset by name, or of a file. Raises ConfigError where it is neither."""
-    if name_or_path in names_in(presets):
-        return (presets / f"{name_or_path}.yaml").read_text(encoding="utf-8")
-    if Path(name_or_path).is_file():
-        try:
-            return Path(name_or_path).read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            reason = f"not UTF-8 text ({first_line(error)})"
-            raise ConfigError(f"{kind} {name_or_path!r}: {reason}") from error
-    known = ", ".join(names_in(presets))
-    raise ConfigError(f"{kind} {name_or_path!r}: neither a preset ({known}) nor a file")
+def read_settings(
+    kind: str, name_or_path: str, presets: Traversable, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The mapping in a preset or YAML file with ``a.b=c`` overrides (values in YAML) put in.
 
+    It may say ``extends:`` with a preset or the path of a file, relative to its own: it has what
+    is there as well, mappings key by key. ``kind`` is what errors call it.
 
-def read_settings(text: str, name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The mapping in ``text`` with ``a.b=c`` overrides (values in YAML) put in.
-
-    ``name`` is what errors call the text. Raises ConfigError, one line, for what is no YAML or no
-    mapping, for a key that stands twice and for an override that does not fit.
+    Raises ConfigError, one line, for what is neither a preset nor a file, no YAML or no mapping,
+    for a key that stands twice, files that extend each other and an override that does not fit.
     """
-    try:
-        values = yaml.load(text, Loader=_StrictLoader)  # noqa: S506  (a SafeLoader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{name}: not YAML: {_one_line(error)}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{name}: expected a mapping of settings")
+    values: dict[str, Any] = {}
+    read: list[Traversable] = []
+    label, place, folder = f"{kind} {name_or_path!r}", name_or_path, Path()
+    while True:
+        source = _find(label, place, folder, presets)
+        if source in read:
+            raise ConfigError(f"{label}: extends itself; expected an end")
+        read.append(source)
+        values = _merged(_mapping(label, source), values)
+        if "extends" not in values:
+            break
+        base = values.pop("extends")
+        if not isinstance(base, str):
+            raise ConfigError(f"{label}: extends: {base!r}; expected a preset or a file by name")
+        label, place, folder = f"{label}: extends {base!r}", base, Path(str(source)).parent
     override(values, overrides)
     return values
 
@@ -100,3 +100,35 @@ def _override(values: dict[str, Any], override: str) -> None:
 
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def _find(label: str, place: str, folder: Path, presets: Traversable) -> Traversable:
+    known = names_in(presets)
+    if place in known:
+        return presets / f"{place}.yaml"
+    if not (folder / place).is_file():
+        raise ConfigError(f"{label}: neither a preset ({', '.join(known)}) nor a file")
+    return (folder / place).resolve()
+
+
+def _mapping(label: str, source: Traversable) -> dict[str, Any]:
+    try:
+        values = yaml.load(source.read_text(encoding="utf-8-sig"), Loader=_StrictLoader)  # noqa: S506  (a SafeLoader)
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{label}: not UTF-8 text ({first_line(error)})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{label}: not YAML: {_one_line(error)}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{label}: expected a mapping of settings")
+    return values
+
+
+def _merged(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """``values`` over ``base``: mappings key by key, anything else in place of what is there."""
+    merged = dict(base)
+    for key, value in values.items():
+        before = merged.get(key)
+        if isinstance(before, dict) and isinstance(value, dict):
+            value = _merged(before, value)
+        merged[key] = value
+    return merged

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mara_rl.agents.agent import Agent
 from mara_rl.common.errors import ConfigError, DataError
+from mara_rl.llm.candidates import CandidateRule
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ class Blend:
         if not all(abs(weight) < float("inf") for weight in scaled):
             raise ConfigError(f"strength {strength}, weights {shares}: expected finite numbers")
         specs = [agent.spec for agent in agents]
-        for field in ("hidden_size", "top_k", "top_p"):
+        for field in ("hidden_size", *CandidateRule.model_fields):
             found = sorted({getattr(spec, field) for spec in specs})
             if len(found) > 1:
                 raise DataError(f"agents of a blend differ in {field}: {found}; expected one value")

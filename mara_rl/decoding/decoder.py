@@ -26,7 +26,7 @@ from mara_rl.decoding.rules import (
 )
 from mara_rl.decoding.sequence import RunningSequence
 from mara_rl.decoding.table import DecodeTable
-from mara_rl.llm.candidates import candidate_sets
+from mara_rl.llm.candidates import CandidateRule, candidate_sets
 from mara_rl.llm.policy_llm import PolicyLLM
 from mara_rl.llm.prefill import PromptReader
 from mara_rl.llm.slot_engine import SlotEngine
@@ -169,14 +169,13 @@ class Decoder:
         return slots
 
     def _open(self, table: DecodeTable, slots: Sequence[int], logits: Tensor) -> None:
-        """Candidates from ``logits`` (R, V), each slot with its own top-k and top-p."""
-        groups: dict[tuple[int, float], list[int]] = {}
+        """Candidates from ``logits`` (R, V), each slot by its own rule."""
+        groups: dict[CandidateRule, list[int]] = {}
         for row, slot in enumerate(slots):
-            request = self._running[slot].request
-            groups.setdefault((request.top_k, request.top_p), []).append(row)
-        for (top_k, top_p), rows in groups.items():
+            groups.setdefault(self._running[slot].request.candidates, []).append(row)
+        for rule, rows in groups.items():
             own = logits if len(rows) == len(slots) else logits[rows]
-            table.open([slots[row] for row in rows], candidate_sets(own, top_k, top_p))
+            table.open([slots[row] for row in rows], candidate_sets(own, rule))
 
     def _begin_token(self, slot: int) -> None:
         running, table = self._running[slot], self._table

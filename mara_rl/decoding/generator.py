@@ -9,6 +9,7 @@ from mara_rl.decoding.answer import DecodedAnswer
 from mara_rl.decoding.blend import Blend
 from mara_rl.decoding.decoder import Decoder
 from mara_rl.decoding.request import DecodeRequest, DecodeSettings
+from mara_rl.llm.candidates import CandidateOverrides
 from mara_rl.llm.policy_llm import DType, PolicyLLM, load_policy_llm
 
 _MAX_NEW_TOKENS = 2048  # as the paper's evaluation has it
@@ -120,8 +121,7 @@ class MARAGenerator:
     def _request(self, prompt: str, *, blend: Blend | None, **settings: Any) -> DecodeRequest:
         own: dict[str, Any] = dict(self._candidates)
         if blend is None:  # the same candidates as with the agent
-            spec = self.agent.spec
-            own = {name: own[name] or getattr(spec, name) for name in own}
+            own = CandidateOverrides(**own).candidates_or(self.agent.spec).model_dump()
         elif self._fallback:
             own["fallback"] = self._fallback
         return DecodeRequest.of(

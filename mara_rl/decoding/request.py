@@ -4,21 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field
 
 from mara_rl.agents.agent import Fallback, Rule, check_exact
-from mara_rl.common.errors import ConfigError, DataError, first_problem
+from mara_rl.common.errors import ConfigError, DataError, validated
 from mara_rl.decoding.blend import Blend
+from mara_rl.llm.candidates import CandidateOverrides, CandidateRule
 from mara_rl.llm.policy_llm import PolicyLLM
 
-BASE_TOP_K = 40
-BASE_TOP_P = 0.95
 
-
-class DecodeSettings(BaseModel):
+class DecodeSettings(CandidateOverrides):
     """How an answer is decoded. None stands for the agent's own choice."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_new_tokens: int = Field(256, ge=1, description="tokens of an answer at most")
     rule: Rule | None = Field(None, description="how a token is chosen; the base LLM: argmax")
@@ -26,16 +22,9 @@ class DecodeSettings(BaseModel):
     exact: bool | None = Field(
         None, description="look at all candidates and re-weight: π(t_k) ∝ p_k e^{term_k}"
     )
-    temperature: float = Field(
-        1.0,
-        gt=0,
-        allow_inf_nan=False,
-        description="of the induced distribution, for `sample`",
-    )
+    temperature: float = Field(1.0, gt=0, description="of the induced distribution, for `sample`")
     seed: int = Field(0, ge=0, description="fixes what `sample` draws")
     stop: tuple[str, ...] = Field((), max_length=16, description="texts that end an answer")
-    top_k: int | None = Field(None, ge=1, description="candidates kept by top-k")
-    top_p: float | None = Field(None, gt=0, le=1, description="mass kept by top-p, after top-k")
     stream: bool = Field(False, description="give text with every token, not only at the end")
     trace: bool = Field(False, description="record what was looked at for every token")
     keep_states: bool = Field(False, description="keep the hidden states along the answer")
@@ -46,10 +35,7 @@ class DecodeSettings(BaseModel):
     @classmethod
     def parse(cls, **values: Any) -> "DecodeSettings":
         """Settings from what a user gave. Raises ConfigError naming the first bad one."""
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise ConfigError(first_problem(error)) from error
+        return validated(cls, values)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -70,8 +56,7 @@ class DecodeRequest:
     rule: Rule
     fallback: Fallback
     exact: bool
-    top_k: int
-    top_p: float
+    candidates: CandidateRule
     settings: DecodeSettings
     opening_ids: Sequence[int] = field(default_factory=tuple)
 
@@ -132,8 +117,7 @@ class DecodeRequest:
                 rule=settings.rule or "argmax_induced",
                 fallback="last",
                 exact=False,
-                top_k=settings.top_k or BASE_TOP_K,
-                top_p=settings.top_p or BASE_TOP_P,
+                candidates=settings.candidates_or(CandidateRule()),
                 settings=settings,
                 opening_ids=llm.tokenizer(opening, add_special_tokens=False)["input_ids"],
             )
@@ -162,8 +146,7 @@ class DecodeRequest:
             rule=rule,
             fallback=settings.fallback or spec.fallback,
             exact=exact,
-            top_k=settings.top_k or spec.top_k,
-            top_p=settings.top_p or spec.top_p,
+            candidates=settings.candidates_or(spec),
             settings=settings,
         )
 

@@ -20,10 +20,10 @@ class TextStream:
         self.stopped = False
         self._llm = llm
         self._stop = tuple(stop)
-        self._held = ""  # may turn out to begin a stop string
+        self._undecided = ""  # may turn out to begin a stop string
         self._ids: list[int] = []
         self._context = 0  # first token decoded again with new ones: some join to their neighbours
-        self._read = 0  # tokens whose text is in `text` or `_held`
+        self._read = 0  # tokens whose text is in `text` or `_undecided`
 
     def push(self, token_id: int) -> str:
         """The piece of text that is certain now that this token has come; may be empty."""
@@ -45,7 +45,7 @@ class TextStream:
     def _emit(self, piece: str, *, final: bool) -> str:
         if self.stopped:
             return ""
-        text = self._held + piece
+        text = self._undecided + piece
         found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
         if found:
             self.stopped = True
@@ -53,7 +53,7 @@ class TextStream:
             text = text[:safe]
         else:
             safe = len(text) if final else len(text) - self._ambiguous(text)
-        self._held = text[safe:]
+        self._undecided = text[safe:]
         self.text += text[:safe]
         return text[:safe]
 

@@ -10,7 +10,7 @@ from mara_rl.agents.agent import Agent
 from mara_rl.agents.agent_files import agent_sha256
 from mara_rl.common.atomic_write import write_atomically
 from mara_rl.common.errors import ConfigError, first_line
-from mara_rl.common.file_lock import held
+from mara_rl.common.file_lock import file_lock
 from mara_rl.evaluation.answers import AnswerFile
 from mara_rl.evaluation.fingerprints import file_sha256, llm_sha256
 from mara_rl.evaluation.plan import AnswersMethod, BestOfMethod, EvaluationPlan, RewriteMethod
@@ -71,7 +71,7 @@ def opened(folder: Path) -> Iterator[None]:
     if not (folder / FILE).is_file() and any(path.name != LOCK for path in folder.iterdir()):
         raise ConfigError(f"{folder} is not empty and holds no evaluation; give another --out")
     refusal = f"{folder} is being evaluated by another process; expected one that is stopped"
-    with held(folder / LOCK, refusal):
+    with file_lock(folder / LOCK, refusal):
         yield
 
 

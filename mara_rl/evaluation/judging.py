@@ -12,9 +12,10 @@ import numpy as np
 
 from mara_rl.common.display import Display
 from mara_rl.common.errors import ConfigError, DataError, MaraError
+from mara_rl.common.urls import is_http_url
 from mara_rl.evaluation.answers import Answer
 from mara_rl.evaluation.fingerprints import score_model_sha256
-from mara_rl.evaluation.plan import AXES, EvaluationPlan, Judge, is_url
+from mara_rl.evaluation.plan import AXES, EvaluationPlan, Judge
 from mara_rl.evaluation.prompt_set import PromptSet
 from mara_rl.evaluation.score_cache import ScoreCache
 from mara_rl.llm.policy_llm import DType, placement
@@ -69,7 +70,7 @@ def _source(name: str, axis: str, judge: Judge) -> ScoreSource:
 
 
 def _served_source(judge: str, axis: str, service: str) -> ScoreSource:
-    if is_url(service):
+    if is_http_url(service):
         from services.scoring.score_sources import UrlScores
 
         try:

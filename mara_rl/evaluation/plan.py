@@ -5,19 +5,20 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from pydantic_core import to_jsonable_python
 
 from mara_rl.agents.agent import Rule
-from mara_rl.common.errors import ConfigError, first_problem
+from mara_rl.common.errors import validated
+from mara_rl.common.urls import is_http_url
 from mara_rl.common.yaml_settings import (
     NAME_PATTERN,
     Section,
     override,
-    preset_or_file,
     read_settings,
 )
-from mara_rl.llm.policy_llm import SMOLLM2, DType
+from mara_rl.llm.candidates import CandidateOverrides
+from mara_rl.llm.policy_llm import SMOLLM2, OptionalDType, SystemPrompt
 from mara_rl.prompts.prompt_files import PACKAGED
 
 AXES = ("reward", "cost")
@@ -27,15 +28,13 @@ ALIGNER_TEMPLATE = (
 )
 
 
-class BaseMethod(Section):
+class BaseMethod(CandidateOverrides):
     """An LLM without an agent: the plan's own or another, e.g. an RLHF- or DPO-tuned checkpoint."""
 
     kind: Literal["base"] = "base"
     llm: str | None = Field(None, description="another LLM; default: the plan's")
     rule: Literal["greedy", "sample"] = "greedy"
     temperature: float = Field(1.0, gt=0, description="for rule sample")
-    top_k: int | None = Field(None, ge=1, description="candidates of rule sample; default 40")
-    top_p: float | None = Field(None, gt=0, le=1, description="their mass; default 0.95")
     replicates: int = Field(1, ge=1, description="answers to each prompt")
 
     @property
@@ -131,7 +130,7 @@ class Judge(Section):
     reward: str = Field(description="score model of helpfulness; or a score service")
     cost: str = Field(description="score model of harm, lower is safer; or a score service")
     training: bool = Field(False, description="whether the agents were trained on these scores")
-    dtype: DType | None = Field(None, description="default: bfloat16 on CUDA, else float32")
+    dtype: OptionalDType = None
     serve: bool = Field(
         False, description="reward and cost name Serve applications, or are URLs of score services"
     )
@@ -143,15 +142,15 @@ class Judge(Section):
     @property
     def asks_ray(self) -> bool:
         """Whether a score comes from an application of the cluster."""
-        return self.serve and not all(is_url(self.model(axis)) for axis in AXES)
+        return self.serve and not all(is_http_url(self.model(axis)) for axis in AXES)
 
 
 class EvaluationPlan(Section):
     """A whole evaluation."""
 
     llm: str = Field(SMOLLM2, description="shipped name, hub id or folder of the LLM")
-    dtype: DType | None = Field(None, description="default: bfloat16 on CUDA, else float32")
-    system: str | None = Field(None, description="system prompt; null keeps the template's own")
+    dtype: OptionalDType = None
+    system: SystemPrompt = None
     prompts: str = Field(PACKAGED, description="packaged (held-out), or jsonl, json, parquet")
     max_prompts: int | None = Field(None, ge=1, description="that many, spread over the file")
     training_prompts: str | None = Field(
@@ -251,18 +250,12 @@ class EvaluationPlan(Section):
 PRESETS = resources.files("mara_rl.evaluation") / "presets"
 
 
-def is_url(score_service: str) -> bool:
-    """Whether a score service is named by URL, not by application."""
-    return score_service.startswith(("http://", "https://"))
-
-
 def read_plan(name_or_path: str | None, overrides: Sequence[str]) -> dict[str, Any]:
     """A preset or YAML file, or nothing, with overrides; not yet checked. Raises ConfigError.
 
     Judges and weights have their defaults before overrides change single keys of them.
     """
-    text = "{}" if name_or_path is None else preset_or_file("plan", name_or_path, PRESETS)
-    values = read_settings(text, f"plan {name_or_path!r}")
+    values = {} if name_or_path is None else read_settings("plan", name_or_path, PRESETS)
     for name in ("judges", "weights"):
         values.setdefault(name, to_jsonable_python(EvaluationPlan.model_fields[name].default))
     override(values, overrides)
@@ -271,7 +264,4 @@ def read_plan(name_or_path: str | None, overrides: Sequence[str]) -> dict[str, A
 
 def checked_plan(values: Mapping[str, Any], name: str = "plan") -> EvaluationPlan:
     """The plan in ``values``. Raises ConfigError naming the key, its value, what was expected."""
-    try:
-        return EvaluationPlan.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"{name}: {first_problem(error)}") from error
+    return validated(EvaluationPlan, values, name)

@@ -3,8 +3,8 @@
 import hashlib
 import sqlite3
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
 
 from mara_rl.common.errors import DataError
 
@@ -12,7 +12,7 @@ _WAIT_S = 60.0  # for another process's write
 _PER_QUERY = 500
 
 
-class ScoreCache:
+class ScoreCache(AbstractContextManager["ScoreCache"]):
     """Scores that outlive a command; several processes may use one file."""
 
     def __init__(self, path: Path) -> None:
@@ -56,15 +56,7 @@ class ScoreCache:
         hint = "; remove it to begin anew" if damaged else ""
         return DataError(f"score cache {self._path}: {error}{hint}")
 
-    def __enter__(self) -> "ScoreCache":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._db.close()
 
 

@@ -2,12 +2,42 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Annotated
 
 import torch
+from pydantic import Field
 from torch import Tensor
+
+from mara_rl.common.yaml_settings import Section
 
 FORCED_LOGIT = 30.0
 """Stands for logit r_k = ∞ at the last candidate of a set, where there is no choice."""
+
+TopK = Annotated[int, Field(ge=1, description="candidates kept by top-k")]
+TopP = Annotated[float, Field(gt=0, le=1, description="mass kept by top-p, after top-k")]
+
+
+class CandidateRule(Section):
+    """How a position's distribution is truncated to its candidates; by default as in the paper."""
+
+    top_k: TopK = 40
+    top_p: TopP = 0.95
+
+    @property
+    def candidates(self) -> "CandidateRule":
+        """The rule alone, of settings that have more."""
+        return CandidateRule(top_k=self.top_k, top_p=self.top_p)
+
+
+class CandidateOverrides(Section):
+    """Parts of a `CandidateRule` that may be set; None keeps that of the agent."""
+
+    top_k: TopK | None = None
+    top_p: TopP | None = None
+
+    def candidates_or(self, own: CandidateRule) -> CandidateRule:
+        """The rule ``own`` with what is set here in place of it."""
+        return CandidateRule(top_k=self.top_k or own.top_k, top_p=self.top_p or own.top_p)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,17 +93,17 @@ class CandidateSets:
         return CandidateSets(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
-def candidate_sets(logits: Tensor, top_k: int, top_p: float) -> CandidateSets:
+def candidate_sets(logits: Tensor, rule: CandidateRule) -> CandidateSets:
     """Candidates of next-token ``logits`` (R, V): softmax at temperature 1, top-k, then top-p.
 
     top-p acts on the mass renormalised after top-k and keeps the token that crosses ``top_p``
     (MARA §3.2). K is min(top_k, V).
     """
     # Only the k best leave the device; log-softmax is monotone, so they are the k best logits.
-    top, ids = torch.topk(logits, min(top_k, logits.shape[-1]), dim=-1)
+    top, ids = torch.topk(logits, min(rule.top_k, logits.shape[-1]), dim=-1)
     probs = torch.softmax(top.float().cpu(), -1)
     mass_before = probs.cumsum(-1) - probs
-    kept = mass_before < top_p
+    kept = mass_before < rule.top_p
     kept[:, 0] = True
     probs = torch.where(kept, probs, 0.0)
     probs = probs / probs.sum(-1, keepdim=True)

@@ -8,10 +8,11 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from jinja2 import TemplateError
+from pydantic import Field
 
 from mara_rl.common.errors import ConfigError, DataError, first_line
 from mara_rl.common.home import mara_home
@@ -21,6 +22,12 @@ SMOLLM2 = "smollm2-135m-instruct"
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DType = Literal["float32", "bfloat16", "float16"]
+OptionalDType = Annotated[
+    DType | None, Field(description="default: bfloat16 on CUDA, else float32")
+]
+SystemPrompt = Annotated[
+    str | None, Field(description="system prompt; null keeps the template's own")
+]
 
 
 class PolicyLLM:

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from mara_rl.common.errors import ConfigError, DataError, first_line, first_problem
+from mara_rl.common.errors import ConfigError, DataError, first_line, validated
 from mara_rl.llm import slot_attention
 from mara_rl.llm.packed_linear import pack_linears
 from mara_rl.llm.policy_llm import SMOLLM2, DType, load_policy_llm
@@ -204,11 +204,8 @@ def open_slice(spec: SliceSpec, device: torch.device, dtype: DType) -> LayerSlic
 
 def load_slice(name: str, folder: Path, device: torch.device, dtype: DType) -> SliceScoreModel:
     """Load what `save_slice` wrote. Raises DataError naming the field or weight at fault."""
-    raw = read_json(folder / CONFIG_FILE)
-    try:
-        spec = SliceSpec.model_validate(raw)
-    except ValidationError as error:
-        raise DataError(f"{folder / CONFIG_FILE}: {first_problem(error)}") from error
+    path = folder / CONFIG_FILE
+    spec = validated(SliceSpec, read_json(path), f"{path}", error=DataError)
     layers = open_slice(spec, device, dtype)
     if spec.adapter == "lora":
         layers.model = _with_adapter(layers.model, folder / ADAPTER_FOLDER)

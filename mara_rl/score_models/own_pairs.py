@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from mara_rl.llm.candidates import candidate_sets
+from mara_rl.llm.candidates import CandidateRule, candidate_sets
 from mara_rl.llm.policy_llm import PolicyLLM
 from mara_rl.score_models.pairs import Pair
 
@@ -70,7 +70,7 @@ class _CandidateCut(LogitsProcessor):
         self.temperature = temperature
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        sets = candidate_sets(scores / self.temperature, top_k=40, top_p=0.95)
+        sets = candidate_sets(scores / self.temperature, CandidateRule())
         return torch.full_like(scores, -torch.inf).scatter(1, sets.ids, sets.probs.log())
 
 

@@ -1,7 +1,6 @@
 """Which MLflow to use: the one of ``MLFLOW_TRACKING_URI``, or SQLite under ``MARA_HOME``."""
 
 import contextlib
-import fcntl
 import logging
 import os
 import re
@@ -12,7 +11,9 @@ from urllib.parse import urlparse
 
 from mara_rl.common.environment import environment_variables
 from mara_rl.common.errors import ConfigError, DataError, RetryableError
+from mara_rl.common.file_lock import blocking_file_lock
 from mara_rl.common.home import mara_home
+from mara_rl.common.urls import hide_credentials, hide_credentials_in
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -43,8 +44,7 @@ def tracking_uri(*, allow_local: bool) -> str:
         )
     home = mara_home()
     uri = f"{_SQLITE}{home / 'mlflow.db'}"
-    with open(home / "mlflow.lock", "w") as lock:  # two processes must not both create the tables
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with blocking_file_lock(home / "mlflow.lock"):  # two processes must not both create the tables
         _check(uri, "MLflow database")
     return uri
 
@@ -85,11 +85,6 @@ def experiment_id(client: "MlflowClient", name: str) -> str:
 def slug(name: str) -> str:
     """``name`` in lower case with everything but letters, digits, ``.`` and ``_`` as ``-``."""
     return re.sub(r"[^a-z0-9._]+", "-", name.lower()).strip("-.")
-
-
-def hide_credentials(text: str) -> str:
-    """``text`` with user and password of every URL in it masked."""
-    return re.sub(r"//[^/\s]*@", "//***@", text)
 
 
 @contextlib.contextmanager
@@ -165,7 +160,7 @@ def _check(uri: str, what: str) -> None:
 
 def _reason(error: BaseException) -> str:
     """Its first line without credentials; of a failed connection only what caused it."""
-    line = hide_credentials(str(error).strip() or type(error).__name__).splitlines()[0]
+    line = hide_credentials_in(str(error).strip() or type(error).__name__).splitlines()[0]
     return line.rpartition("(Caused by ")[2]
 
 

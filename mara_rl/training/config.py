@@ -2,22 +2,22 @@
 
 from collections.abc import Sequence
 from importlib import resources
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from envs.observation import StateDType
-from mara_rl.agents.agent import AgentSpec, Fallback, Head, Rule, check_exact
-from mara_rl.common.errors import ConfigError, first_problem
+from envs.task_settings import AnswerSettings
+from mara_rl.agents.agent import AgentKind, AgentSpec, Head
+from mara_rl.common.errors import validated
 from mara_rl.common.yaml_settings import (
     NAME_PATTERN,
     Section,
     names_in,
-    preset_or_file,
     read_settings,
 )
-from mara_rl.llm.policy_llm import DType
+from mara_rl.llm.candidates import CandidateRule
+from mara_rl.llm.policy_llm import OptionalDType, SystemPrompt
 from services.cluster.replica_config import CustomResources
 from services.scoring.score_service import ScoreServiceConfig
 
@@ -26,31 +26,14 @@ class LLMConfig(Section):
     """The frozen policy LLM."""
 
     name: str = Field(description="shipped name, hub id or folder")
-    dtype: DType | None = Field(None, description="default: bfloat16 on CUDA, else float32")
-    system: str | None = Field(None, description="system prompt; null keeps the template's own")
+    dtype: OptionalDType = None
+    system: SystemPrompt = None
 
 
-class CandidatesConfig(Section):
-    """How a position's candidates are truncated; part of the agent from then on."""
-
-    top_k: int = Field(40, ge=1, description="candidates kept by top-k")
-    top_p: float = Field(0.95, gt=0, le=1, description="mass kept by top-p, after top-k")
-
-
-class AgentConfig(Section):
+class AgentConfig(AgentKind):
     """The agent to train."""
 
-    head: Head = Field("advantage", description="how the MLP's output becomes an accept log-odds")
-    rule: Rule = Field("argmax_induced", description="how it decodes")
-    fallback: Fallback = Field("last", description="candidate taken when `threshold` accepts none")
-    exact: bool = Field(
-        False, description="it decodes by looking at all candidates: π(t_k) ∝ p_k e^{term_k}"
-    )
-
-    @model_validator(mode="after")
-    def _exact_is_possible(self) -> Self:
-        check_exact(self.head, self.rule, self.exact)
-        return self
+    head: Head = "advantage"
 
 
 class PromptsConfig(Section):
@@ -89,28 +72,29 @@ class ScoreConfig(ScoreServiceConfig):
 
 
 class ScoringConfig(Section):
-    """When answers are scored and how long that may take."""
+    """How long scoring may take."""
 
-    mode: Literal["step", "deferred"] = Field(
-        "deferred", description="at the step an answer ends, or once per `sample()`"
-    )
     deadline_s: float = Field(120.0, gt=0, description="for one call of all score models")
     max_attempts: int = Field(4, ge=1, description="attempts per call within the deadline")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _without_mode(cls, values: Any) -> Any:
+        """Runs of earlier versions say ``mode: deferred``: once per `sample()`, as all do now."""
+        if isinstance(values, dict) and values.get("mode") == "deferred":
+            return {key: value for key, value in values.items() if key != "mode"}
+        return values
 
-class RolloutsConfig(Section):
+
+class RolloutsConfig(AnswerSettings):
     """The rollout actors, each with an LLM of its own."""
 
     num_runners: int = Field(1, ge=1)
     num_slots: int = Field(64, ge=1, description="concurrent sequences per runner")
     fragment_steps: int = Field(64, ge=1, description="steps per slot and iteration")
-    max_new_tokens: int = Field(48, ge=1, description="length cap of an answer, in tokens")
-    prefill_chunk_tokens: int = Field(512, ge=1)
-    state_dtype: StateDType = "float16"
     num_cpus: float = Field(1.0, ge=0, description="CPUs per runner")
     num_gpus: float = Field(0.0, ge=0, le=1, description="share of a GPU per runner")
     resources: CustomResources = Field({}, description="custom resources per runner")
-    torch_threads: int | None = Field(None, ge=1)
     sample_timeout_s: float = Field(
         1800.0, gt=0, description="a runner that brings no sample for so long is replaced"
     )
@@ -233,7 +217,7 @@ class TrainConfig(Section):
     name: str = Field("train", pattern=NAME_PATTERN, description="run name")
     seed: int = Field(0, ge=0)
     llm: LLMConfig
-    candidates: CandidatesConfig = CandidatesConfig()
+    candidates: CandidateRule = CandidateRule()
     agent: AgentConfig = AgentConfig()
     prompts: PromptsConfig = PromptsConfig()
     scores: dict[str, ScoreConfig] = Field(description="score models by name")
@@ -308,9 +292,5 @@ def load_config(name_or_path: str, overrides: Sequence[str] = ()) -> TrainConfig
 
     Raises ConfigError, one line, naming the key, its value and what was expected.
     """
-    text = preset_or_file("config", name_or_path, PRESETS)
-    values = read_settings(text, f"config {name_or_path!r}", overrides)
-    try:
-        return TrainConfig.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"config {name_or_path!r}: {first_problem(error)}") from error
+    values = read_settings("config", name_or_path, PRESETS, overrides)
+    return validated(TrainConfig, values, f"config {name_or_path!r}")

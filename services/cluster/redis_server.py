@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import os
-import re
 import shutil
 import subprocess
 import tempfile
@@ -22,9 +21,12 @@ from redis.exceptions import (
     TryAgainError,
 )
 from redis.retry import Retry
+from tenacity import Retrying, retry_if_exception, wait_fixed
 
 from mara_rl.common.errors import ConfigError, RetryableError
+from mara_rl.common.file_lock import blocking_file_lock
 from mara_rl.common.home import mara_home
+from mara_rl.common.urls import hide_credentials
 
 _OLDEST = (6, 2)
 _SOCKET_TIMEOUT_S = 30.0  # longer than any command here takes; nothing blocks on the server
@@ -42,24 +44,19 @@ _PASSING = (  # ClusterDownError: also replicas whose master is away
 _MAY_PASS = ("MISCONF ", "BUSY ", "NOREPLICAS ")
 
 
-def hide_password(url: str) -> str:
-    """``url`` without user and password, fit for messages and logs."""
-    url = re.sub(r"//.*@", "//***@", url)
-    return re.sub(r"((?:username|password)=)[^&]*", r"\1***", url)
-
-
 @contextlib.contextmanager
 def redis_errors(url: str) -> Iterator[None]:
     """Turn trouble that may pass into RetryableError and refused access into ConfigError."""
+    where = f"Redis at {hide_credentials(url)}"
     try:
         yield
     except (redis.AuthenticationError, NoPermissionError) as error:
-        raise ConfigError(f"Redis at {hide_password(url)} refused access: {error}") from error
+        raise ConfigError(f"{where} refused access: {error}") from error
     except _PASSING as error:
-        raise RetryableError(f"Redis at {hide_password(url)} cannot serve: {error}") from error
+        raise RetryableError(f"{where} cannot serve: {error}") from error
     except redis.ResponseError as error:
         if str(error).startswith(_MAY_PASS):
-            raise RetryableError(f"Redis at {hide_password(url)} cannot serve: {error}") from error
+            raise RetryableError(f"{where} cannot serve: {error}") from error
         raise
 
 
@@ -79,7 +76,7 @@ def connect(url: str, *, retries: int = 5) -> redis.Redis:
         )
     except ValueError:
         raise ConfigError(
-            f"Redis URL {hide_password(url)!r}: expected redis://[:password@]host:port/db, "
+            f"Redis URL {hide_credentials(url)!r}: expected redis://[:password@]host:port/db, "
             "rediss://… or unix://…"
         ) from None  # the cause quotes parts of the URL
 
@@ -100,7 +97,9 @@ def redis_url(*, allow_embedded: bool) -> Iterator[str]:
         with connect(url, retries=2) as client, redis_errors(url):
             version = str(client.info("server")["redis_version"])
         if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST:
-            raise ConfigError(f"Redis at {hide_password(url)} is {version}, expected 6.2 or later")
+            raise ConfigError(
+                f"Redis at {hide_credentials(url)} is {version}, expected 6.2 or later"
+            )
         yield url
     elif allow_embedded:
         with embedded_redis(mara_home() / "redis") as url:
@@ -116,13 +115,14 @@ def redis_url(*, allow_embedded: bool) -> Iterator[str]:
 def embedded_redis(folder: Path) -> Iterator[str]:
     """URL (a Unix socket) of a server with its append-only file in ``folder``.
 
-    Two locks order the processes that want it: ``gate.lock`` is held while the server starts or
+    Two locks order the processes that want it: ``gate.lock`` is locked while the server starts or
     stops, ``users.lock`` is shared by all who use it, so that whoever gets it alone is the last. A
     server whose users were all killed keeps running and is taken over by the next.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(folder / "gate.lock", "w") as gate, open(folder / "users.lock", "w") as users:
-        with _locked(gate):
+    gate = folder / "gate.lock"
+    with open(folder / "users.lock", "w") as users:
+        with blocking_file_lock(gate):
             alone = _try_lock(users)
             url = _running(folder)
             if url is None and not alone:
@@ -138,18 +138,9 @@ def embedded_redis(folder: Path) -> Iterator[str]:
         try:
             yield url
         finally:
-            with _locked(gate):
+            with blocking_file_lock(gate):
                 if _try_lock(users):
                     _stop(folder, url, server)
-
-
-@contextlib.contextmanager
-def _locked(file: IO[str]) -> Iterator[None]:
-    fcntl.flock(file, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def _try_lock(file: IO[str]) -> bool:
@@ -220,17 +211,15 @@ def _await_answer(client: redis.Redis, server: subprocess.Popen[bytes] | None = 
     Raises redis.ConnectionError when it is not there (any more).
     """
     deadline = time.monotonic() + _START_TIMEOUT_S
-    while True:
-        try:
-            client.ping()
-            return
-        except redis.ConnectionError as error:
-            coming = isinstance(error, redis.BusyLoadingError) or (
-                server is not None and server.poll() is None and time.monotonic() < deadline
-            )
-            if not coming:
-                raise
-        time.sleep(0.02)
+
+    def coming(error: BaseException) -> bool:
+        starting = server is not None and server.poll() is None and time.monotonic() < deadline
+        return isinstance(error, redis.BusyLoadingError) or (
+            starting and isinstance(error, redis.ConnectionError)
+        )
+
+    waiting = Retrying(retry=retry_if_exception(coming), wait=wait_fixed(0.02), reraise=True)
+    waiting(client.ping)
 
 
 def _stop(folder: Path, url: str, server: subprocess.Popen[bytes] | None) -> None:

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from mara_rl.common.errors import ConfigError, first_problem
-from mara_rl.llm.policy_llm import SMOLLM2, DType
+from mara_rl.common.errors import validated
+from mara_rl.llm.policy_llm import SMOLLM2, OptionalDType
 from services.cluster.replica_config import ReplicaConfig
 from services.endpoint.decode_plan import ApiLimits
 
@@ -15,7 +15,7 @@ class EndpointConfig(ReplicaConfig):
     """One LLM with its agents, behind one HTTP API."""
 
     llm: str = Field(SMOLLM2, description="the LLM: shipped name, hub id, folder or .gguf file")
-    dtype: DType | None = Field(None, description="None: bfloat16 on GPU, float32 on CPU")
+    dtype: OptionalDType = None
     agents: tuple[str, ...] = Field(
         (), description="agents beside those of the registry, as REF or name=REF"
     )
@@ -51,10 +51,7 @@ class EndpointConfig(ReplicaConfig):
     @classmethod
     def parse(cls, values: dict[str, Any]) -> "EndpointConfig":
         """A config from what a user gave. Raises ConfigError naming the first bad field."""
-        try:
-            return cls.model_validate(values)
-        except ValidationError as error:
-            raise ConfigError(f"endpoint: {first_problem(error)}") from error
+        return validated(cls, values, "endpoint")
 
     @property
     def alone(self) -> bool:

@@ -18,6 +18,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from mara_rl.llm.candidates import TopP
 from services.http.api_errors import UNSUPPORTED
 
 MIN_TEMPERATURE = 0.01
@@ -115,10 +116,8 @@ class _Request(Strict):
         description="0.01 and above: sampled from the induced distribution; 0: its argmax; "
         "left out: the agent's own rule, for the LLM alone argmax",
     )
-    top_p: float | None = Field(
+    top_p: TopP | None = Field(
         None,
-        gt=0,
-        le=1,
         description="an agent's candidates are part of it: its own value, or 1 for no further cut",
     )
     n: int | None = Field(None, ge=1, description="answers to each prompt")

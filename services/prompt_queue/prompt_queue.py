@@ -437,17 +437,17 @@ class PromptQueue:
             pipe.zrange(self._alive, 0, -1, withscores=True)
             with self._present():
                 prompts, entries, dead, meta, pending, (seconds, _), alive = pipe.execute()
-        held = {row["name"]: row["pending"] for row in pending["consumers"]}
-        delivered, returned = held.pop(_DELIVERED, 0), held.pop(_RETURNED, 0)
+        counts = {row["name"]: row["pending"] for row in pending["consumers"]}
+        delivered, returned = counts.pop(_DELIVERED, 0), counts.pop(_RETURNED, 0)
         silent_s = {name: max(0.0, seconds - beat / 1000) for name, beat in alive}
-        names = sorted(held.keys() | silent_s.keys())
+        names = sorted(counts.keys() | silent_s.keys())
         return QueueStatus(
             queue=self.name,
             prompts=prompts,
             epoch=int(meta.get("epoch", -1)),
             waiting=entries - pending["pending"] + returned,
             pending={
-                name: ConsumerStatus(held.get(name, 0), silent_s.get(name, float("inf")))
+                name: ConsumerStatus(counts.get(name, 0), silent_s.get(name, float("inf")))
                 for name in names
             },
             delivered=delivered,

@@ -25,7 +25,7 @@ local function entry(id)
   return found and fields(found[2])
 end
 
-local function held_by(consumer, count)
+local function pending_of(consumer, count)
   return redis.call('XPENDING', stream, GROUP, '-', '+', count, consumer)
 end
 
@@ -68,7 +68,7 @@ local function take(id, f)
   if redis.call('SISMEMBER', withdrawn, f.prompt) == 1 then drop(id) return end
   out[#out + 1] = handout(id, f)
 end
-for _, p in ipairs(held_by('@returned', count)) do
+for _, p in ipairs(pending_of('@returned', count)) do
   move(p[1], consumer)
   take(p[1], entry(p[1]))
 end
@@ -88,7 +88,7 @@ HELD = (
     + """
 redis.call('ZADD', alive, now_ms(), ARGV[1])
 local out = {}
-for _, p in ipairs(held_by(ARGV[1], 1000000)) do
+for _, p in ipairs(pending_of(ARGV[1], 1000000)) do
   out[#out + 1] = handout(p[1], entry(p[1]))
 end
 return out
@@ -99,11 +99,11 @@ return out
 RELEASE = (
     _PRELUDE
     + """
-local held = held_by(ARGV[1], 1000000)
-for _, p in ipairs(held) do move(p[1], '@returned') end
+local pending = pending_of(ARGV[1], 1000000)
+for _, p in ipairs(pending) do move(p[1], '@returned') end
 redis.call('XGROUP', 'DELCONSUMER', stream, GROUP, ARGV[1])
 redis.call('ZREM', alive, ARGV[1])
-return #held
+return #pending
 """
 )
 
@@ -116,7 +116,7 @@ for _, info in ipairs(redis.call('XINFO', 'CONSUMERS', stream, GROUP)) do
   local name = info[2]
   local beat = redis.call('ZSCORE', alive, name)
   if string.sub(name, 1, 1) ~= '@' and (not beat or tonumber(beat) < oldest) then
-    for _, p in ipairs(held_by(name, 1000000)) do
+    for _, p in ipairs(pending_of(name, 1000000)) do
       local id, deliveries = p[1], p[4]
       taken = taken + 1
       if deliveries >= tonumber(ARGV[2]) then

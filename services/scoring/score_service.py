@@ -15,7 +15,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.schema import ApplicationStatusOverview
 
 from mara_rl.common.errors import ConfigError, RetryableError, first_line
-from mara_rl.llm.policy_llm import DType
+from mara_rl.llm.policy_llm import OptionalDType
 from services.cluster.ray_session import amounts, check_resources
 from services.cluster.replica_config import ReplicaConfig
 
@@ -32,7 +32,7 @@ class ScoreServiceConfig(ReplicaConfig):
     model: str = Field(description="shipped name, checkpoint folder or hub id of the score model")
     max_batch_size: int = Field(16, ge=1, description="pairs in one forward pass")
     batch_wait_timeout_s: float = Field(0.005, ge=0, description="wait for a batch to fill")
-    dtype: DType | None = Field(None, description="None: bfloat16 on GPU, float32 on CPU")
+    dtype: OptionalDType = None
     forward_timeout_s: float = Field(
         600.0, gt=0, description="a forward pass that takes longer gets its replica replaced"
     )

@@ -13,6 +13,7 @@ from ray.exceptions import RayError, RayTaskError
 from ray.serve.exceptions import RayServeException
 
 from mara_rl.common.errors import ConfigError, DataError, MaraError, RetryableError, first_line
+from mara_rl.common.urls import is_http_url
 from services.http.api_errors import ErrorBody
 from services.http.api_keys import SCORE_KEYS_VARIABLE, configured_keys
 from services.scoring.score_api import HostedModel, ScoreRequest, Scores
@@ -38,7 +39,7 @@ def score_source(name: str) -> ScoreSource:
 
     Raises ConfigError where it cannot be asked from here.
     """
-    return UrlScores(name) if name.startswith(("http://", "https://")) else AppScores(name)
+    return UrlScores(name) if is_http_url(name) else AppScores(name)
 
 
 class AppScores:

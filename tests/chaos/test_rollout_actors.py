@@ -30,8 +30,8 @@ def test_an_actor_dies_in_mid_episode(chaos, runners: int) -> None:
     run.until(lambda: restarts(chaos.home), "the restart in the metrics")
     output = chaos.end(run, f"one of {runners} rollout actors killed", took_s)
     # Ray says that the actor died, or that it is unavailable.
-    told = "0 of 1 runners alive: The actor" if runners == 1 else "is replaced: The actor"
-    assert told in output
+    message = "0 of 1 runners alive: The actor" if runners == 1 else "is replaced: The actor"
+    assert message in output
     assert restarts(chaos.home) == 1
 
 

@@ -29,9 +29,9 @@ def test_a_reward_replica_dies_in_mid_call(chaos, models, tmp_path: Path) -> Non
     replica.kill()
     took_s = chaos.recovered(run, at)
     output = chaos.end(run, "the reward replica killed in mid-call (deadline_s: 60)", took_s)
-    told = re.search(REPEATED, output)
-    assert told
-    assert retries(chaos.home) >= int(told[1])
+    repeated = re.search(REPEATED, output)
+    assert repeated
+    assert retries(chaos.home) >= int(repeated[1])
     assert not re.search(DROPPED, output)
 
 

@@ -177,9 +177,9 @@ def test_services_policies_and_addresses_meet_at_ports_that_are_open() -> None:
         assert workload["metadata"]["name"] == name
         assert workload["spec"]["selector"]["matchLabels"] == selector
         [container] = workload["spec"]["template"]["spec"]["containers"]
-        opened = {port["name"]: port["containerPort"] for port in container["ports"]}
+        by_name = {port["name"]: port["containerPort"] for port in container["ports"]}
         for port in service["spec"]["ports"]:
-            assert opened[port["targetPort"]] == port["port"]
+            assert by_name[port["targetPort"]] == port["port"]
             [policy] = [m for m in by_kind("NetworkPolicy") if m["metadata"]["name"] == name]
             assert policy["spec"]["podSelector"]["matchLabels"] == selector
             assert [p["port"] for p in policy["spec"]["ingress"][0]["ports"]] == [port["port"]]

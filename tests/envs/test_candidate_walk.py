@@ -3,6 +3,7 @@
 import torch
 
 from envs.candidate_walk import ACCEPT, CandidateWalk
+from mara_rl.llm.candidates import CandidateRule
 from mara_rl.llm.policy_llm import PolicyLLM
 from mara_rl.llm.slot_engine import SlotEngine
 
@@ -14,7 +15,7 @@ LATE = 3
 def walked(llm: PolicyLLM, prompts: list[list[int]], steps: int) -> CandidateWalk:
     """A walk that accepts everything; slot `LATE`, if there is one, starts a step later."""
     walk = CandidateWalk(
-        SlotEngine(llm, len(prompts)), top_k=8, top_p=1.0, prefill_chunk_tokens=CHUNK
+        SlotEngine(llm, len(prompts)), CandidateRule(top_k=8, top_p=1.0), prefill_chunk_tokens=CHUNK
     )
     for slot, prompt in enumerate(prompts):
         if slot != LATE:
@@ -39,7 +40,9 @@ def test_shared_prefill_equals_prefill_of_ones_own(tiny_llm: PolicyLLM) -> None:
 
 
 def test_a_slot_that_shares_a_prefill_can_be_stopped_in_its_midst(tiny_llm: PolicyLLM) -> None:
-    walk = CandidateWalk(SlotEngine(tiny_llm, 2), top_k=8, top_p=1.0, prefill_chunk_tokens=CHUNK)
+    walk = CandidateWalk(
+        SlotEngine(tiny_llm, 2), CandidateRule(top_k=8, top_p=1.0), prefill_chunk_tokens=CHUNK
+    )
     walk.start(0, PROMPT)
     walk.start(1, PROMPT)
     walk.step(torch.full((2,), ACCEPT))

@@ -9,7 +9,7 @@ from gymnasium.utils.env_checker import check_env
 import envs
 from envs.observation import BASE_LOGIT, FORCED, LOG_P, MASS_LEFT, TOKENS_LEFT, K
 from envs.token_env import TokenAcceptRejectEnv
-from mara_rl.llm.candidates import candidate_sets
+from mara_rl.llm.candidates import CandidateRule, candidate_sets
 
 
 def test_every_transition_against_plain_forwards(tiny_llm, settings) -> None:
@@ -23,7 +23,9 @@ def test_every_transition_against_plain_forwards(tiny_llm, settings) -> None:
         while True:
             with torch.inference_mode():
                 out = tiny_llm.model.base_model(torch.tensor([tokens])).last_hidden_state[0, -1]
-                sets = candidate_sets(tiny_llm.model.lm_head(out)[None], 6, 0.6)
+                sets = candidate_sets(
+                    tiny_llm.model.lm_head(out)[None], CandidateRule(top_k=6, top_p=0.6)
+                )
                 token = int(sets.ids[0, k])
                 h = tiny_llm.model.base_model(torch.tensor([[*tokens, token]])).last_hidden_state
             n, x = int(sets.counts[0]), observation["x"]

@@ -1,6 +1,6 @@
 """What happens to sampled episodes before they leave the rollout actor.
 
-Scores are set (where deferred), failed episodes deleted, and rows without a choice dropped, so that
+Scores are set, failed episodes deleted, and rows without a choice dropped, so that
 neither GAE nor the loss ever sees them and their hidden states are not shipped.
 """
 
@@ -23,8 +23,7 @@ class DecisionEpisodes(RLlibCallback):
     ) -> None:
         env = env_runner.env.unwrapped
         answers = env.take_finished()
-        if env.task.defer_scores:
-            env.task.score([a for a in answers.values() if a.finish_reason != "failed"])
+        env.task.score([a for a in answers.values() if a.finish_reason != "failed"])
         failed = [a for a in answers.values() if a.finish_reason == "failed"]
         for answer in failed:
             if not answer.outage:  # else the next barrier hands the prompt out again
@@ -35,8 +34,7 @@ class DecisionEpisodes(RLlibCallback):
                 answer = answers.get(episode.get_infos(-1)["answer_key"])
                 if answer is None or answer.finish_reason == "failed":
                     continue
-                if env.task.defer_scores:
-                    episode.set_rewards(new_data=answer.reward, at_indices=-1)
+                episode.set_rewards(new_data=answer.reward, at_indices=-1)
             decisions = decision_rows(episode)
             if decisions is not None:
                 kept.append(decisions)

@@ -11,6 +11,7 @@ from ray.rllib.core.rl_module.rl_module import RLModuleSpec
 from envs import ENV_ID
 from envs.observation import observation_space
 from envs.reward import RewardSpec
+from envs.task_settings import AnswerSettings
 from mara_rl.agents.agent import AgentSpec
 from mara_rl.training.config import TrainConfig
 from mara_rl.training.rllib.accept_module import AcceptModule
@@ -81,14 +82,10 @@ def build_algorithm(
         "llm": config.llm.name,
         "llm_dtype": config.llm.dtype,
         "system": config.llm.system,
-        "top_k": spec.top_k,
-        "top_p": spec.top_p,
-        "max_new_tokens": rollouts.max_new_tokens,
+        **spec.candidates.model_dump(),
+        **rollouts.model_dump(include=set(AnswerSettings.model_fields)),
         "prefix": prefix,
-        "state_dtype": rollouts.state_dtype,
-        "prefill_chunk_tokens": rollouts.prefill_chunk_tokens,
-        "defer_scores": config.scoring.mode == "deferred",
-        "torch_threads": rollouts.torch_threads,
+        "defer_scores": True,
         "prompts": functools.partial(RedisPromptSource, prompts),
         "scorer": ScoreClient(scores),
         "reward": reward,

@@ -95,8 +95,7 @@ class RolloutGroup:
                 max_new_tokens=rollouts.max_new_tokens,
                 rule=rule,
                 # An agent decodes with its own k and p.
-                top_k=None if agent else self._config.candidates.top_k,
-                top_p=None if agent else self._config.candidates.top_p,
+                **({} if agent else self._config.candidates.model_dump()),
                 keep_states=keep_states,
                 exact=exact,
                 keep_candidates=keep_candidates,

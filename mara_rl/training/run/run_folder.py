@@ -1,7 +1,6 @@
 """A run on disk: its config, checkpoints, agent and evaluation."""
 
 import contextlib
-import fcntl
 import os
 import re
 import shutil
@@ -14,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mara_rl.common.atomic_write import write_atomically
 from mara_rl.common.errors import ConfigError
-from mara_rl.common.file_lock import held
+from mara_rl.common.file_lock import file_lock, is_locked
 from mara_rl.common.home import mara_home
 from mara_rl.common.yaml_settings import NAME_PATTERN
 from mara_rl.tracking.flat_values import flat_params
@@ -139,7 +138,7 @@ class RunFolder:
 
     @contextlib.contextmanager
     def claimed(self, wait_s: float = 0.0) -> Iterator[None]:
-        """Keep all other processes from training in this folder; see `held`.
+        """Keep all other processes from training in this folder; see `file_lock`.
 
         Raises ConfigError when that does not succeed within ``wait_s``, and where the process that
         was waited for had begun nothing and removed the folder.
@@ -150,7 +149,7 @@ class RunFolder:
         )
         with contextlib.ExitStack() as holding:
             try:
-                holding.enter_context(held(self.path / _LOCK, refusal, wait_s))
+                holding.enter_context(file_lock(self.path / _LOCK, refusal, wait_s))
             except FileNotFoundError:
                 raise ConfigError(
                     f"run {self.name!r}: the process before ended without having begun, and took "
@@ -160,14 +159,7 @@ class RunFolder:
 
     def is_claimed(self) -> bool:
         """Whether a process trains in this folder at this moment."""
-        try:
-            with open(self.path / _LOCK) as lock:
-                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except FileNotFoundError:
-            return False
-        except BlockingIOError:
-            return True
-        return False
+        return is_locked(self.path / _LOCK)
 
     def finish(self, outcome: RunOutcome) -> None:
         """Note that the run is done: resubmitting it by name does nothing more."""

@@ -1,5 +1,6 @@
 """Agent folders: whole or not at all, and every fault of one named."""
 
+import hashlib
 import json
 import os
 
@@ -40,6 +41,17 @@ def test_folders_may_be_text(tmp_path):
     agent = make_agent()
     save_agent(agent, str(tmp_path / "agent"))
     assert agent_sha256(load_agent(str(tmp_path / "agent"))) == agent_sha256(agent)
+
+
+def test_the_sha256_is_of_the_spec_in_a_fixed_order_and_the_weights():
+    agent = make_agent("relative", exact=True, top_k=7, top_p=0.5)
+    digest = hashlib.sha256(
+        f'{{"hidden_size":{SIZE},"head":"relative","rule":"argmax_induced","fallback":"last",'
+        '"exact":true,"top_k":7,"top_p":0.5,"llm":"some/llm"}'.encode()
+    )
+    for key, tensor in sorted(agent.network.state_dict().items()):
+        digest.update(key.encode() + tensor.detach().numpy().tobytes())
+    assert agent_sha256(agent) == digest.hexdigest()
 
 
 def test_loading_leaves_the_global_generator_alone(saved):

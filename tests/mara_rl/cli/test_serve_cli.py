@@ -258,9 +258,11 @@ def test_two_replicas_answer_as_one(tiny_llms, tmp_path, monkeypatch):
         assert len(set(answers)) == 2, "replicas answer the same request differently"
         for path in ("/v1/models", "/v1/models/local", "/health"):
             headers = {"Authorization": f"Bearer {KEY}"}
-            told = [requests.get(server.url + path, headers=headers, timeout=30) for _ in range(16)]
-            assert {answer.status_code for answer in told} == {200}
-            assert len({answer.text for answer in told}) == 1, path
+            responses = [
+                requests.get(server.url + path, headers=headers, timeout=30) for _ in range(16)
+            ]
+            assert {answer.status_code for answer in responses} == {200}
+            assert len({answer.text for answer in responses}) == 1, path
         tokens: dict[str, float] = {}
         deadline = time.monotonic() + 60
         expected = sum(count for _, _, count in answers)

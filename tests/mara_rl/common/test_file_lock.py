@@ -1,54 +1,59 @@
-"""A file is held by one process at a time, also where it is removed and made again meanwhile."""
+"""A file is locked by one process at a time, also where it is removed and made again meanwhile."""
 
 import threading
 from pathlib import Path
 
 import pytest
 
-from mara_rl.common import file_lock
+from mara_rl.common import file_lock as module
 from mara_rl.common.errors import ConfigError
-from mara_rl.common.file_lock import held
+from mara_rl.common.file_lock import file_lock
 
 
-def test_a_file_that_took_the_place_of_the_awaited_one_is_held_by_one_alone(
+def test_a_file_that_took_the_place_of_the_awaited_one_is_locked_by_one_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(file_lock, "_POLL_S", 0.05)
+    monkeypatch.setattr(module, "_POLL_S", 0.05)
     path = tmp_path / "lock"
-    told: list[str] = []
+    messages: list[str] = []
 
     def wait() -> None:
         try:
-            with held(path, "held by another", wait_s=1):
-                told.append("held")
+            with file_lock(path, "locked by another", wait_s=1):
+                messages.append("locked")
         except ConfigError as error:
-            told.append(str(error))
+            messages.append(str(error))
 
     waiting = threading.Thread(target=wait)  # flock is of the open file: as another process
-    with held(path, "refused"):
+    with file_lock(path, "refused"):
         waiting.start()
         path.unlink()  # as a run that failed removes its folder
-        with held(path, "refused"):  # as the same run started again
+        with file_lock(path, "refused"):  # as the same run started again
             waiting.join()
-    assert told == ["held by another"]
+    assert messages == ["locked by another"]
 
 
-def test_a_file_removed_as_it_was_opened_is_not_held(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("how", ["removed", "renamed"])  # NFS renames a file that is open
+def test_a_file_removed_as_it_was_opened_is_not_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
 ) -> None:
-    path = tmp_path / "lock"
-    flock = file_lock.fcntl.flock
+    path = tmp_path / "run" / "lock"
+    path.parent.mkdir()
+    flock = module.fcntl.flock
 
     def late(file: object, operation: int) -> None:
-        path.unlink()
+        if how == "removed":
+            path.unlink()
+        else:
+            path.rename(tmp_path / "renamed")
         path.touch()
         flock(file, operation)
 
-    monkeypatch.setattr(file_lock.fcntl, "flock", late)
-    with pytest.raises(ConfigError, match="refused"), held(path, "refused"):
+    monkeypatch.setattr(module.fcntl, "flock", late)
+    with pytest.raises(ConfigError, match="refused"), file_lock(path, "refused"):
         pass
-    monkeypatch.setattr(file_lock.fcntl, "flock", flock)
+    monkeypatch.setattr(module.fcntl, "flock", flock)
     path.unlink()
-    tmp_path.rmdir()
-    with pytest.raises(FileNotFoundError), held(path, "refused"):
+    path.parent.rmdir()
+    with pytest.raises(FileNotFoundError), file_lock(path, "refused"):
         pass

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mara_rl.llm.candidates import candidate_sets
+from mara_rl.llm.candidates import CandidateRule, candidate_sets
 from mara_rl.llm.policy_llm import SMOLLM2, load_policy_llm
 from mara_rl.llm.slot_engine import SlotEngine
 from mara_rl.prompts import packaged_prompts
@@ -18,7 +18,7 @@ def test_logits_differ_little_and_few_choices_flip() -> None:
     wide, narrow = SlotEngine(llm, len(prompts)), SlotEngine(llm, len(prompts))
     h = wide.prefill(at.tolist(), prompts)
     narrow.prefill(at.tolist(), prompts)
-    ids = candidate_sets(wide.logits(h), top_k=8, top_p=1.0).ids
+    ids = candidate_sets(wide.logits(h), CandidateRule(top_k=8, top_p=1.0)).ids
     together = wide.logits(wide.look(at, none + 8, ids.flatten(), none)).unflatten(0, (-1, 8))
     apart = torch.stack([narrow.logits(narrow.propose(ids[:, k])) for k in range(8)], dim=1)
     differences = (together - apart).abs()

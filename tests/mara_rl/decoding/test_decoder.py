@@ -14,7 +14,7 @@ from mara_rl.decoding.blend import Blend
 from mara_rl.decoding.decoder import Decoder
 from mara_rl.decoding.request import DecodeRequest, DecodeSettings
 from mara_rl.decoding.rules import induced_probabilities, sampled_index
-from mara_rl.llm.candidates import candidate_sets
+from mara_rl.llm.candidates import CandidateRule, candidate_sets
 from mara_rl.llm.policy_llm import PolicyLLM
 
 PROMPTS = ["Hi", "How do I bake bread?", "What is the time in Lima?", "a", "Tell me a story."]
@@ -73,7 +73,7 @@ class Serial:
         while len(answer) < MAX_NEW_TOKENS:
             prefix = self.state(tokens)
             logits = self.llm.model(torch.tensor([tokens])).logits[:, -1]
-            sets = candidate_sets(logits, spec.top_k, spec.top_p)
+            sets = candidate_sets(logits, spec)
             n = int(sets.counts[0])
             accept = [
                 self.accept_logit(
@@ -278,7 +278,7 @@ def test_sampling_follows_the_truncated_distribution(tiny_llm: PolicyLLM, with_a
     agent = Agent(AgentSpec(hidden_size=tiny_llm.hidden_size, head="anchored", top_k=5, top_p=0.9))
     ids = torch.tensor([tiny_llm.prompt_ids("Hi")])
     with torch.inference_mode():
-        sets = candidate_sets(tiny_llm.model(ids).logits[:, -1], 5, 0.9)
+        sets = candidate_sets(tiny_llm.model(ids).logits[:, -1], CandidateRule(top_k=5, top_p=0.9))
     expected = dict(zip(sets.ids[0].tolist(), sets.probs[0].tolist(), strict=True))
     answers = decode(
         tiny_llm,

@@ -6,6 +6,7 @@ from mara_rl.agents.agent import Agent, AgentSpec
 from mara_rl.common.errors import ConfigError, DataError
 from mara_rl.decoding.blend import Blend
 from mara_rl.decoding.request import DecodeRequest, DecodeSettings
+from mara_rl.llm.candidates import CandidateRule
 from mara_rl.llm.policy_llm import PolicyLLM
 
 
@@ -55,11 +56,12 @@ def test_prompts_that_are_empty_or_too_long_are_refused(tiny_llm: PolicyLLM) -> 
 def test_an_agent_brings_its_own_rule_and_candidates(tiny_llm: PolicyLLM) -> None:
     own = agent(32, rule="threshold", fallback="first", top_k=7, top_p=0.6)
     made = request(tiny_llm, own)
-    assert (made.rule, made.fallback, made.top_k, made.top_p) == ("threshold", "first", 7, 0.6)
+    assert (made.rule, made.fallback) == ("threshold", "first")
+    assert made.candidates == CandidateRule(top_k=7, top_p=0.6)
     with pytest.raises(ConfigError, match="top_k: 9 asked for, the agent was trained with 7"):
         request(tiny_llm, own, top_k=9)
-    assert request(tiny_llm, own, top_k=9, allow_other_candidates=True).top_k == 9
-    assert request(tiny_llm, own, top_k=7).top_k == 7
+    assert request(tiny_llm, own, top_k=9, allow_other_candidates=True).candidates.top_k == 9
+    assert request(tiny_llm, own, top_k=7).candidates.top_k == 7
     assert request(tiny_llm, own, exact=True).rule == "argmax_induced"
     with pytest.raises(ConfigError, match="exact: goes with"):
         request(tiny_llm, own, exact=True, rule="threshold")

@@ -2,7 +2,7 @@
 
 import torch
 
-from mara_rl.llm.candidates import FORCED_LOGIT, candidate_sets
+from mara_rl.llm.candidates import FORCED_LOGIT, CandidateRule, candidate_sets
 
 
 def plain_candidates(logits: torch.Tensor, top_k: int, top_p: float) -> list[tuple[int, float]]:
@@ -22,7 +22,7 @@ def plain_candidates(logits: torch.Tensor, top_k: int, top_p: float) -> list[tup
 
 def test_sets_equal_the_plain_truncation() -> None:
     logits = torch.randn(64, 50) * torch.linspace(0.02, 8, 64)[:, None]
-    sets = candidate_sets(logits, top_k=12, top_p=0.9)
+    sets = candidate_sets(logits, CandidateRule(top_k=12, top_p=0.9))
     sizes = set()
     for row in range(len(logits)):
         expected = plain_candidates(logits[row], 12, 0.9)
@@ -37,7 +37,7 @@ def test_sets_equal_the_plain_truncation() -> None:
 
 
 def test_base_probabilities_reproduce_the_distribution() -> None:
-    sets = candidate_sets(torch.randn(8, 30) * 2, top_k=10, top_p=0.95)
+    sets = candidate_sets(torch.randn(8, 30) * 2, CandidateRule(top_k=10, top_p=0.95))
     for row in range(8):
         n = int(sets.counts[row])
         accept = torch.sigmoid(sets.base_logits[row, :n].double())
@@ -49,12 +49,12 @@ def test_base_probabilities_reproduce_the_distribution() -> None:
 
 def test_the_token_that_crosses_top_p_is_kept() -> None:
     probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]])
-    assert candidate_sets(probs.log(), top_k=4, top_p=0.79).counts.tolist() == [2]
-    assert candidate_sets(probs.log(), top_k=4, top_p=0.81).counts.tolist() == [3]
-    assert candidate_sets(probs.log(), top_k=4, top_p=1e-9).counts.tolist() == [1]
+    assert candidate_sets(probs.log(), CandidateRule(top_k=4, top_p=0.79)).counts.tolist() == [2]
+    assert candidate_sets(probs.log(), CandidateRule(top_k=4, top_p=0.81)).counts.tolist() == [3]
+    assert candidate_sets(probs.log(), CandidateRule(top_k=4, top_p=1e-9)).counts.tolist() == [1]
 
 
 def test_top_k_above_the_vocabulary_takes_it_whole() -> None:
-    sets = candidate_sets(torch.zeros(1, 5), top_k=40, top_p=1.0)
+    sets = candidate_sets(torch.zeros(1, 5), CandidateRule(top_k=40, top_p=1.0))
     assert sets.ids.shape == (1, 5)
     assert sets.counts.tolist() == [5]

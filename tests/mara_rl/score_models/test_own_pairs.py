@@ -33,9 +33,9 @@ def test_answers_follow_the_seed_and_begin_with_the_opening(llm):
 
     assert answers(0) == answers(0)
     assert answers(0) != answers(1)
-    opened = answers(0, openings=["No."] * 5)
-    assert all(answer.startswith("No.") for answer in opened)
-    assert all(len(answer) <= 12 for answer in opened)
+    begun = answers(0, openings=["No."] * 5)
+    assert all(answer.startswith("No.") for answer in begun)
+    assert all(len(answer) <= 12 for answer in begun)
 
 
 def test_every_prompt_gets_its_answers(llm):

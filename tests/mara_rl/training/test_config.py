@@ -13,6 +13,30 @@ def test_presets_load(name: str) -> None:
     assert load_config(name).name == name
 
 
+def test_the_8_gpu_presets_differ_in_llm_name_and_reward_weight_alone() -> None:
+    base = load_config("llama-3.1-8b-beaver").model_dump()
+    assert (base["scores"]["reward"]["weight"], base["rollouts"]["num_runners"]) == (1.0, 7)
+    llms = {
+        "gemma-2-9b-beaver": "google/gemma-2-9b-it",
+        "llama-3.2-1b-beaver": "meta-llama/Llama-3.2-1B-Instruct",
+        "llama-3.2-3b-beaver": "meta-llama/Llama-3.2-3B-Instruct",
+        "mistral-7b-v0.3-beaver": "mistralai/Mistral-7B-Instruct-v0.3",
+    }
+    for name, llm in llms.items():
+        base |= {"name": name}
+        base["llm"]["name"], base["scores"]["reward"]["weight"] = llm, 2.0
+        assert load_config(name).model_dump() == base
+
+
+def test_a_config_of_an_earlier_version_loads(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("extends: quickstart\nscoring: {mode: deferred, deadline_s: 9}\n")
+    assert load_config(str(path)) == load_config("quickstart", ["scoring.deadline_s=9"])
+    path.write_text("extends: quickstart\nscoring: {mode: step}\n")
+    with pytest.raises(ConfigError, match=r"unknown key 'scoring\.mode'"):
+        load_config(str(path))
+
+
 def test_overrides_reach_nested_settings() -> None:
     config = load_config("quickstart", ["ppo.kl_coeff=0.25", "scores.cost.weight=-2", "seed=7"])
     assert (config.ppo.kl_coeff, config.scores["cost"].weight, config.seed) == (0.25, -2, 7)

@@ -145,8 +145,8 @@ def test_both_answers_stream_side_by_side_with_scores(page, url):
         assert "reward" in facts
         assert "cost, lower is better" in facts
     asked = {"model": AGENT, "messages": [said], "max_tokens": 64, "mara": {}}
-    told = httpx2.post(f"{url}/v1/chat/completions", json=asked).json()
-    each = told["choices"][0]["mara"]["examined"] / told["usage"]["completion_tokens"]
+    answer = httpx2.post(f"{url}/v1/chat/completions", json=asked).json()
+    each = answer["choices"][0]["mara"]["examined"] / answer["usage"]["completion_tokens"]
     assert f"candidates a token\n{each:.2f}" in page.text("#aligned .facts")
     assert page.find("#progress").get_attribute("textContent") == "Both answers are complete."
     assert any(word in page.text("#aligned .facts") for word in ("better", "worse", "same"))

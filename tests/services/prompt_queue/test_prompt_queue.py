@@ -178,19 +178,19 @@ def test_concurrent_readers_share_every_epoch_without_overlap(empty_redis):
 
 
 def test_entries_outlive_a_crash_between_read_and_ack(empty_redis):
-    held = make_queue(empty_redis, 3).read("a", 2)
+    pending = make_queue(empty_redis, 3).read("a", 2)
     again = make_queue(empty_redis)  # the same consumer in a new process
-    assert again.read_pending("a") == held
+    assert again.read_pending("a") == pending
     assert len(again.read("a", 9)) == 1
 
 
 def test_rereading_keeps_order_and_counts_as_no_failure(empty_redis):
     queue = make_queue(empty_redis, 4, max_failures=2, max_deliveries=2)
-    held = queue.read("a", 4)
+    pending = queue.read("a", 4)
     for _ in range(20):
-        assert queue.read_pending("a") == held
-    queue.mark_delivered([held[1].entry_id])
-    assert queue.read_pending("a") == [held[0], held[2], held[3]]
+        assert queue.read_pending("a") == pending
+    queue.mark_delivered([pending[1].entry_id])
+    assert queue.read_pending("a") == [pending[0], pending[2], pending[3]]
     silence(queue, "a")
     queue.reclaim(60_000)  # the first death on them, so none is dead yet
     assert queue.status().dead == 0
@@ -222,10 +222,10 @@ def test_reclaim_leaves_what_the_dead_had_delivered(empty_redis):
 def test_a_delivery_that_is_sent_again_is_no_duplicate(empty_redis):
     """As the client does where the reply to it was lost; see `DELIVER`."""
     queue = make_queue(empty_redis, 3)
-    held = [prompt.entry_id for prompt in queue.read("runner", 2)]
-    assert [queue._run("DELIVER", "batch", *held) for _ in range(2)] == [2, 0]
+    pending = [prompt.entry_id for prompt in queue.read("runner", 2)]
+    assert [queue._run("DELIVER", "batch", *pending) for _ in range(2)] == [2, 0]
     assert queue.status().duplicates == 0
-    assert queue.mark_delivered(held) == 0
+    assert queue.mark_delivered(pending) == 0
     assert queue.status().duplicates == 2
 
 
@@ -244,9 +244,9 @@ def test_a_consumer_taken_for_dead_may_come_back(empty_redis):
 
 def test_release_hands_out_again_first(empty_redis):
     queue = make_queue(empty_redis, 5, max_deliveries=1)
-    held = queue.read("a", 2)
+    pending = queue.read("a", 2)
     assert queue.release("a") == 2
-    assert queue.read("b", 2) == held
+    assert queue.read("b", 2) == pending
     assert queue.status().pending.keys() == {"b"}
     assert queue.release("nobody") == 0
 
@@ -289,26 +289,26 @@ def test_a_dead_letter_s_other_entries_are_not_handed_out(empty_redis):
 
 def test_delivered_and_acked_entries_are_gone(empty_redis):
     queue = make_queue(empty_redis, 3)
-    held = entries(queue.read("a", 3))
-    assert queue.mark_delivered(held[:2]) == 2
-    assert queue.delivered() == held[:2]
-    assert queue.ack_delivered(held[:2]) == 2
-    assert queue.ack_delivered(held[:2]) == 0
+    pending = entries(queue.read("a", 3))
+    assert queue.mark_delivered(pending[:2]) == 2
+    assert queue.delivered() == pending[:2]
+    assert queue.ack_delivered(pending[:2]) == 2
+    assert queue.ack_delivered(pending[:2]) == 0
     assert queue._client.hlen(queue._arrived) == 0  # the account does not grow with the run
     status = queue.status()
     assert (status.delivered, status.waiting, status.duplicates) == (0, 0, 0)
     assert {name: reader.pending for name, reader in status.pending.items()} == {"a": 1}
-    assert entries(queue.read_pending("a")) == held[2:]
+    assert entries(queue.read_pending("a")) == pending[2:]
     assert queue.mark_delivered([]) == queue.ack_delivered([]) == 0
 
 
 def test_delivered_twice_is_counted(empty_redis):
     queue = make_queue(empty_redis, 2)
-    held = entries(queue.read("a", 2))
-    assert queue.mark_delivered(held[:1]) == 1
-    assert queue.mark_delivered(held, "batch") == 1
+    pending = entries(queue.read("a", 2))
+    assert queue.mark_delivered(pending[:1]) == 1
+    assert queue.mark_delivered(pending, "batch") == 1
     assert queue.status().duplicates == 1
-    assert queue.mark_delivered(held, "batch") == 0  # the reply to the one before was lost
+    assert queue.mark_delivered(pending, "batch") == 0  # the reply to the one before was lost
     assert queue.status().duplicates == 1
 
 
@@ -338,10 +338,10 @@ def test_failures_requeue_at_the_end_and_then_kill(empty_redis):
 
 def test_a_delivered_entry_cannot_fail(empty_redis):
     queue = make_queue(empty_redis, 1)
-    held = entries(queue.read("a", 1))
-    queue.mark_delivered(held)
-    assert queue.fail(held[0], "late") == "gone"
-    assert queue.delivered() == held
+    pending = entries(queue.read("a", 1))
+    queue.mark_delivered(pending)
+    assert queue.fail(pending[0], "late") == "gone"
+    assert queue.delivered() == pending
 
 
 def test_reject_and_requeue(empty_redis):
@@ -365,10 +365,10 @@ def test_a_queue_of_dead_prompts_only_is_dry(empty_redis):
 
 def test_status(empty_redis):
     queue = make_queue(empty_redis, 6)
-    held = queue.read("a", 3)
+    pending = queue.read("a", 3)
     queue.read("b", 1)
-    queue.mark_delivered([held[0].entry_id])
-    queue.reject(held[1].entry_id, "empty")
+    queue.mark_delivered([pending[0].entry_id])
+    queue.reject(pending[1].entry_id, "empty")
     queue.release("b")
     silence(queue, "a")
     status = queue.status()

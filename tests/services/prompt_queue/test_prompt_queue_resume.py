@@ -73,12 +73,12 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_sees(redis_server, before,
 
 def test_resume_after_a_checkpoint_whose_entries_were_never_acked(empty_redis):
     queue = make_queue(empty_redis, 6)
-    held = queue.read("a", 4)
-    queue.mark_delivered(entries(held[:2]))
+    pending = queue.read("a", 4)
+    queue.mark_delivered(entries(pending[:2]))
     position = queue.position()  # saved, then the driver dies before ack_delivered
     queue.restart(position)
     assert queue.delivered() == []
-    assert ids(queue.read("b", 2)) == ids(held[2:])
+    assert ids(queue.read("b", 2)) == ids(pending[2:])
     assert len(queue.read("b", 9)) == 2
 
 
@@ -86,11 +86,11 @@ def test_resume_from_an_older_checkpoint(empty_redis):
     queue = make_queue(empty_redis, 8)
     queue.read("a", 2)
     older = queue.position()
-    held = queue.read_pending("a")
-    queue.mark_delivered(entries(held))
+    pending = queue.read_pending("a")
+    queue.mark_delivered(entries(pending))
     queue.ack_delivered(queue.delivered())
     queue.restart(older)
-    assert ids(queue.read("b", 2)) == ids(held)
+    assert ids(queue.read("b", 2)) == ids(pending)
 
 
 def test_every_prompt_of_an_epoch_is_delivered_over_a_crash(empty_redis):
@@ -138,10 +138,10 @@ def test_a_new_run_starts_before_the_first_epoch(empty_redis):
 
 def test_restart_keeps_dead_prompts_out(empty_redis):
     queue = make_queue(empty_redis, 4)
-    held = queue.read("a", 2)
-    queue.reject(held[0].entry_id, "empty")
+    pending = queue.read("a", 2)
+    queue.reject(pending[0].entry_id, "empty")
     queue.restart(queue.position())
-    assert held[0].prompt_id not in ids(queue.read("a", 9))
+    assert pending[0].prompt_id not in ids(queue.read("a", 9))
 
 
 def test_resume_refuses_what_cannot_continue(empty_redis):
@@ -226,9 +226,9 @@ def test_withdrawn_prompts_are_dead_letters_once_and_never_read(empty_redis):
 def test_a_power_cut_loses_nothing(start_redis):
     own_redis = start_redis()
     queue = make_queue(own_redis.url, 10)
-    held = queue.read("a", 4)
-    queue.mark_delivered([held[0].entry_id])
-    queue.reject(held[1].entry_id, "empty")
+    pending = queue.read("a", 4)
+    queue.mark_delivered([pending[0].entry_id])
+    queue.reject(pending[1].entry_id, "empty")
     before, letters = queue.status(), queue.dead_letters()
     own_redis.kill()
     with pytest.raises(redis.ConnectionError):
@@ -238,7 +238,7 @@ def test_a_power_cut_loses_nothing(start_redis):
     changed = {"pending"}  # holds times
     assert after.status().model_dump(exclude=changed) == before.model_dump(exclude=changed)
     assert after.dead_letters() == letters
-    assert after.read_pending("a") == held[2:]
+    assert after.read_pending("a") == pending[2:]
     assert queue.read("a", 1)[0].text  # the old client finds the server again
 
 

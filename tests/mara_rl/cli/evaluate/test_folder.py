@@ -11,7 +11,7 @@ import pytest
 import yaml
 from evaluate_command import N, answered, base_alone, common, comparable, read_rows, write_rows
 
-from mara_rl.common.file_lock import held
+from mara_rl.common.file_lock import file_lock
 from mara_rl.llm.policy_llm import load_policy_llm
 
 
@@ -184,7 +184,7 @@ def test_one_process_at_a_time_has_the_folder(evaluate, made, tmp_path):
     arguments = [*common(made), "--methods", "base,agent", "--out", tmp_path]
     assert evaluate(*arguments)[0] == 0
     answers = (tmp_path / "answers" / "agent.jsonl").read_bytes()
-    with held(tmp_path / "lock", "refused"):
+    with file_lock(tmp_path / "lock", "refused"):
         status, _, err = evaluate(*arguments)
     assert status == 1
     assert f"{tmp_path} is being evaluated by another process" in " ".join(err.split())

@@ -22,7 +22,7 @@ def test_refusals_nobody_can_judge_are_told():
 
 
 def test_where_leaks_were_not_looked_for_is_told():
-    def told(source: str, training: str | None, kind: str) -> list[str]:
+    def warnings_of(source: str, training: str | None, kind: str) -> list[str]:
         sources = {"source": source, "training_prompts": training}
         return warnings(
             {
@@ -33,7 +33,7 @@ def test_where_leaks_were_not_looked_for_is_told():
             }
         )
 
-    [line] = told("mine.jsonl", "packaged", "agent")
+    [line] = warnings_of("mine.jsonl", "packaged", "agent")
     assert "--set training_prompts=FILE" in line
     for source, training, kind in (
         ("packaged", "packaged", "agent"),
@@ -41,7 +41,7 @@ def test_where_leaks_were_not_looked_for_is_told():
         ("mine.jsonl", None, "agent"),  # as the user wants it
         ("mine.jsonl", "packaged", "base"),
     ):
-        assert told(source, training, kind) == []
+        assert warnings_of(source, training, kind) == []
 
 
 def test_prompts_seen_in_training_are_told_or_dropped(evaluate, made, tmp_path):

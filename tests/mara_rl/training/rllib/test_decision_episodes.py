@@ -101,10 +101,9 @@ class FakeMetrics(Counter[str]):
 def end_of_sample(
     answers: dict[int, Answer], samples: list[SingleAgentEpisode]
 ) -> tuple[FakePrompts, FakeMetrics]:
-    """Run the callback on deferred answers that score as they already say."""
+    """Run the callback on answers that score as they already say."""
     prompts, metrics = FakePrompts(), FakeMetrics()
     task = SimpleNamespace(
-        defer_scores=True,
         score=lambda answers: None,
         prompts=prompts,
         scorer=SimpleNamespace(counters=Counter()),
@@ -155,7 +154,7 @@ def test_a_failed_answer_counts_by_its_prompt_alone() -> None:
         2: answer("2-0", 0.0, failure="score not finite"),
     }
     answers[1].prefill_tokens, answers[2].prefill_tokens = 7, 5
-    task = SimpleNamespace(defer_scores=False, prompts=FakePrompts())
+    task = SimpleNamespace(score=lambda answers: None, prompts=FakePrompts())
     env = SimpleNamespace(task=task, take_finished=lambda: answers)
     callback, metrics = DecisionEpisodes(), FakeMetrics()
     runner = SimpleNamespace(env=SimpleNamespace(unwrapped=env))
