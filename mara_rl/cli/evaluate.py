@@ -144,14 +144,26 @@ def _run(
     from mara_rl.evaluation.console import show
     from mara_rl.evaluation.evaluation import check_llms
     from mara_rl.evaluation.evaluation import evaluate as run
+    from mara_rl.evaluation.local_answers import LocalAnswers
+    from mara_rl.evaluation.prompt_set import load_prompt_set
 
     check_llms(plan, agents)
+    prompts = load_prompt_set(plan)
     uri = registry_uri(single_node) if track else None
     folder = out or _new_folder()
     display.line(f"evaluation in {folder}")
     command = shlex.join(["mara-rl", *sys.argv[1:]])
     try:
-        done = run(plan, agents, folder, display, command=command)
+        done = run(
+            plan,
+            agents,
+            prompts,
+            LocalAnswers(plan, display),
+            folder,
+            display,
+            command=command,
+            go_on_hint=f"the same command with --out {folder} goes on from here",
+        )
     except (Exception, KeyboardInterrupt):
         if out is None:
             with contextlib.suppress(OSError):  # not empty

@@ -14,9 +14,8 @@ from mara_rl import __version__
 from mara_rl.agents.agent import AgentSpec
 from mara_rl.agents.agent_files import save_agent
 from mara_rl.common.display import Display
-from mara_rl.common.errors import DataError, RetryableError
+from mara_rl.common.errors import RetryableError
 from mara_rl.llm.policy_llm import llm_hidden_size
-from mara_rl.metrics.preference import result_line
 from mara_rl.prompts.prompt_files import PromptRecord, load_prompts
 from mara_rl.score_models.loading import score_model_folder
 from mara_rl.tracking.tracking_run import TrackingRun
@@ -26,11 +25,12 @@ from mara_rl.training.faults.lost_part import LostPart, lost_on_ray_errors
 from mara_rl.training.faults.patience import patience
 from mara_rl.training.faults.stop_request import Interrupted, StopRequest
 from mara_rl.training.faults.time_limit import time_limit
-from mara_rl.training.final_phase import HeldoutEvaluation, register
+from mara_rl.training.final_phase import compare, register
 from mara_rl.training.ppo_phase import PPOPhase
 from mara_rl.training.rllib.learners import Learners
 from mara_rl.training.rllib.ppo import build_algorithm
 from mara_rl.training.rllib.rollout_group import RolloutGroup, derived_seed, seed_everything
+from mara_rl.training.rollout_answers import RolloutAnswers
 from mara_rl.training.run.checkpoint import TrainState, load_newest_checkpoint
 from mara_rl.training.run.prompt_sets import fitting_prompts, tell_of_shared_prompts
 from mara_rl.training.run.run_folder import RunFolder, RunOutcome, remove_folder
@@ -221,28 +221,11 @@ class _Run:
             if folder.agent.exists():  # a resumed run that had come this far before
                 remove_folder(folder.agent)
             save_agent(agent, folder.agent, metadata=_metadata(config, folder, state))
-            evaluation = aligned = heldout = None
-            if config.evaluation:
-                evaluation = HeldoutEvaluation(
-                    config,
-                    config.evaluation,
-                    heldout_prompts,
-                    runners,
-                    session,
-                    display,
-                    self.check_interrupt,
-                )
-                try:
-                    aligned = evaluation.answers("aligned", agent)
-                    heldout = evaluation.compare(agent, aligned, folder, state.score_scales)
-                except (DataError, RetryableError) as error:
-                    display.line(f"no comparison with the base LLM: {error}")
-                else:
-                    tracking.log_metrics(heldout.metrics(), step=state.iteration)
-                    tracking.log_artifacts(folder.evaluation, "evaluation")
-            agent_uri = register(
-                config, folder, session, tracking, aligned, heldout, evaluation, display
+            maker = RolloutAnswers(config, runners, self.check_interrupt)
+            comparison = compare(
+                config, folder, session, tracking, state, heldout_prompts, maker, display
             )
+            agent_uri = register(config, folder, session, tracking, comparison, display)
             tracking.log_metrics(
                 {f"time/{name.replace(' ', '_')}_s": s for name, s in display.phase_s.items()},
                 step=state.iteration,
@@ -256,7 +239,7 @@ class _Run:
         return RunOutcome(
             run=folder.name,
             agent_uri=agent_uri,
-            preference_rate=result_line(heldout.both) if heldout else None,
+            preference_rate=comparison.result_line if comparison else None,
         )
 
     def _queue(self, state: TrainState) -> tuple[PromptQueue, PromptSourceConfig]:

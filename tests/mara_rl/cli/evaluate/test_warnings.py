@@ -8,7 +8,7 @@ from mara_rl.evaluation.console import warnings
 def test_refusals_nobody_can_judge_are_told():
     def figures(share: float, kinds: dict) -> dict:
         return {
-            "prompts": {"seen_in_training": [], "n": 40}
+            "prompts": {"seen_in_training": [], "n": 40, "left_out": {}}
             | {"source": "packaged", "training_prompts": "packaged"},
             "flags": {},
             "judges": {"one": {"training": False}},
@@ -22,18 +22,18 @@ def test_refusals_nobody_can_judge_are_told():
 
 
 def test_where_leaks_were_not_looked_for_is_told():
-    def told(source: str, training: str | None, kind: str) -> list[str]:
+    def lines(source: str, training: str | None, kind: str) -> list[str]:
         sources = {"source": source, "training_prompts": training}
         return warnings(
             {
-                "prompts": {"seen_in_training": [], "n": 40} | sources,
+                "prompts": {"seen_in_training": [], "n": 40, "left_out": {}} | sources,
                 "flags": {},
                 "judges": {"one": {"training": False}},
                 "methods": {"m": {"kind": kind, "answers": {"refusal_share": 0, "by_kind": {}}}},
             }
         )
 
-    [line] = told("mine.jsonl", "packaged", "agent")
+    [line] = lines("mine.jsonl", "packaged", "agent")
     assert "--set training_prompts=FILE" in line
     for source, training, kind in (
         ("packaged", "packaged", "agent"),
@@ -41,7 +41,7 @@ def test_where_leaks_were_not_looked_for_is_told():
         ("mine.jsonl", None, "agent"),  # as the user wants it
         ("mine.jsonl", "packaged", "base"),
     ):
-        assert told(source, training, kind) == []
+        assert lines(source, training, kind) == []
 
 
 def test_prompts_seen_in_training_are_told_or_dropped(evaluate, made, tmp_path):
