@@ -1,11 +1,11 @@
-"""What makes figures doubtful is told beside them."""
+"""What makes figures doubtful is said beside them."""
 
 from evaluate_command import common, write_rows
 
 from mara_rl.evaluation.console import warnings
 
 
-def test_refusals_nobody_can_judge_are_told():
+def test_refusals_nobody_can_judge_are_warned_of():
     def figures(share: float, kinds: dict) -> dict:
         return {
             "prompts": {"seen_in_training": [], "n": 40, "left_out": {}}
@@ -21,7 +21,7 @@ def test_refusals_nobody_can_judge_are_told():
     assert warnings(figures(0.4, {}))[0].startswith("agent refuses 40%; the prompts have no kind")
 
 
-def test_where_leaks_were_not_looked_for_is_told():
+def test_where_leaks_were_not_looked_for_is_warned_of():
     def lines(source: str, training: str | None, kind: str) -> list[str]:
         sources = {"source": source, "training_prompts": training}
         return warnings(
@@ -44,7 +44,7 @@ def test_where_leaks_were_not_looked_for_is_told():
         assert lines(source, training, kind) == []
 
 
-def test_prompts_seen_in_training_are_told_or_dropped(evaluate, made, tmp_path):
+def test_prompts_seen_in_training_are_warned_of_or_dropped(evaluate, made, tmp_path):
     training = tmp_path / "train.jsonl"
     write_rows(training, [{"prompt": "QUESTION 4"}, {"prompt": "Question 5?"}])
     arguments = [*common(made), "--methods", "base,agent", "--set", f"training_prompts={training}"]
