@@ -16,8 +16,6 @@ if TYPE_CHECKING:
     from mara_rl.agents.agent import Agent
     from mara_rl.evaluation.plan import EvaluationPlan
 
-_WIDTH = 100  # of tables in files and pipes
-
 
 def evaluate(
     plan: Annotated[
@@ -125,10 +123,7 @@ def evaluate(
     own = next((agent.spec.llm for agent in loaded.values() if agent.spec.llm), None)
     if "llm" not in values and own:
         checked = checked.model_copy(update={"llm": own})
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
-    _run(checked, loaded, out, Display(console), track=track, single_node=single_node)
+    _run(checked, loaded, out, Display(Console()), track=track, single_node=single_node)
 
 
 def _run(

@@ -12,12 +12,15 @@ from mara_rl.metrics.preference import PreferenceRate, result_line
 from mara_rl.prompts.prompt_files import PACKAGED
 
 _NAMED = 5  # prompts left out, on a line
+_WIDTH = 100  # of tables at least: in a narrower terminal lines run on, in files they are whole
 
 
 def show(figures: Mapping[str, Any], display: Display) -> None:
     """Print everything a person needs to judge the outcome; the result line comes last, once."""
+    console = display.console
+    console.width = max(console.width, _WIDTH)
     for judge, about in figures["judges"].items():
-        display.console.print(_table(figures, judge, about), markup=False)
+        console.print(_table(figures, judge, about), markup=False)
     for row in figures["published"]:
         rate = row["measured"]
         display.line(

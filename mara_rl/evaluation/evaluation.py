@@ -161,7 +161,7 @@ def _check_pools(plan: EvaluationPlan, given: Mapping[str, Table]) -> None:
 
 
 def _about(prompts: PromptSet) -> str:
-    parts = [f"{len(prompts.prompts)} prompts"]
+    parts = [f"evaluation on {len(prompts.prompts)} prompts"]
     if prompts.duplicates:
         parts.append(f"{prompts.duplicates} duplicates dropped")
     if prompts.seen:
