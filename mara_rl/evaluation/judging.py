@@ -164,28 +164,20 @@ class Judging:
                 batch = todo[first : first + _BATCH]
                 columns = _scored(sources, scorer, batch)
                 for source, column in zip(sources, columns, strict=True):
-                    self._keep(source, dict(zip(batch, column, strict=True)), where)
-                    known[source.axis] |= dict(zip(batch, column, strict=True))
+                    fresh = dict(zip(batch, column, strict=True))
+                    finite = {pair: value for pair, value in fresh.items() if math.isfinite(value)}
+                    self._cache.put(source.identity, finite)
+                    lacking = next((pair for pair in batch if pair not in finite), None)
+                    if lacking is not None and not self._plan.leave_out_unscored:
+                        method, prompt_id = where[lacking]
+                        raise DataError(
+                            f"judge {judge!r}: {source.axis} of method {method!r}, prompt "
+                            f"{prompt_id!r}, by {source.model} is {fresh[lacking]}; expected a "
+                            "finite number"
+                        )
+                    known[source.axis] |= dict.fromkeys(batch, math.nan) | finite
                 phase.advance(len(batch))
         return known
-
-    def _keep(
-        self,
-        source: ScoreSource,
-        fresh: Mapping[Pair, float],
-        where: Mapping[Pair, tuple[str, str]],
-    ) -> None:
-        finite = {pair: value for pair, value in fresh.items() if math.isfinite(value)}
-        self._cache.put(source.identity, finite)
-        if self._plan.leave_out_unscored:
-            return
-        for pair, value in fresh.items():
-            if pair not in finite:
-                method, prompt_id = where[pair]
-                raise DataError(
-                    f"judge {source.judge!r}: {source.axis} of method {method!r}, prompt "
-                    f"{prompt_id!r}, by {source.model} is {value}; expected a finite number"
-                )
 
 
 def _scored(
