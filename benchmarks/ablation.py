@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mara_rl.common.home import mara_home
+from mara_rl.metrics.preference import PreferenceRate
 
 # Base answers and iterations chosen for about equal token-forwards; the table shows the real ones.
 VARIANTS = {
@@ -46,11 +47,11 @@ def line(variant: str, seed: int, folder: Path) -> str:
     newest = max((folder / "checkpoints").iterdir())
     state = json.loads((newest / "state.json").read_text(encoding="utf-8"))
     cells = [f"{variant} {seed}", f"{state['token_forwards']:,}"]
-    for group in ("rates", "judge_rates"):
-        for axis in AXES:
-            rate = figures["all"][group][axis]
-            cells.append(f"{rate['rate']:+.1f} [{rate['low']:+.1f}, {rate['high']:+.1f}]")
-    cells.append(f"{figures['kl_per_token']:.3f}")
+    agent = figures["methods"]["agent"]
+    for judge in ("training", "independent"):
+        rates = agent["versus_baseline"][judge]
+        cells += [str(PreferenceRate.of(rates[axis])) for axis in AXES]
+    cells.append(f"{agent['decoding']['kl_per_token']:.3f}")
     return f"| {' | '.join(cells)} |"
 
 

@@ -21,8 +21,9 @@ from mara_rl.decoding.answer import DecodedAnswer
 from mara_rl.decoding.blend import Blend
 from mara_rl.decoding.decoder import Decoder
 from mara_rl.decoding.request import DecodeRequest, DecodeSettings
-from mara_rl.evaluation.comparison import JudgedAnswers, rates, text_figures
+from mara_rl.evaluation.figures import text_figures
 from mara_rl.llm.policy_llm import llm_hidden_size, load_policy_llm
+from mara_rl.metrics.preference import outcomes, preference_rate
 from mara_rl.prompts import PackagedPrompt, packaged_prompts
 from mara_rl.score_models.loading import load_score_model
 from mara_rl.training.config import TrainConfig, load_config
@@ -88,24 +89,19 @@ def report(
     scorers: dict[str, InProcessScorer],
 ) -> None:
     """Net rates by kind of prompt, under the training scores and the judges."""
-    judged = {
-        name: [
-            JudgedAnswers(
-                [a.text for a in answers],
-                dict(zip(scorer.names, score_in_batches(scorer, list(answers)).T, strict=True)),
-            )
-            for answers in (aligned, base)
-        ]
-        for name, scorer in scorers.items()
-    }
+    found: dict[str, dict[str, np.ndarray]] = {}
+    for name, scorer in scorers.items():
+        ours, theirs = (score_in_batches(scorer, list(a))[:, :, None] for a in (aligned, base))
+        reward, cost = (scorer.names.index(axis) for axis in ("reward", "cost"))
+        found[name] = outcomes(ours[:, reward], theirs[:, reward], ours[:, cost], theirs[:, cost])
     for kind in ("all", "harmful", "ordinary"):
         rows = np.flatnonzero([kind in ("all", prompt.kind) for prompt in prompts])
         print(
             f"{kind}: refusals {text_figures([aligned[i].text for i in rows])['refusal_share']:.0%}"
         )
-        for name, (ours, theirs) in judged.items():
-            for axis, rate in rates(ours.subset(rows), theirs.subset(rows)).items():
-                print(f"  {name}, {axis}: {rate.rate:+.1f} [{rate.low:+.1f}, {rate.high:+.1f}]")
+        for name, by_axis in found.items():
+            for axis, values in by_axis.items():
+                print(f"  {name}, {axis}: {preference_rate(values[rows, 0])}")
 
 
 def main() -> None:

@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from mara_rl.agents.agent import Agent
     from mara_rl.evaluation.plan import EvaluationPlan
 
-_WIDTH = 100  # of tables in files and pipes
-
 
 def evaluate(
     plan: Annotated[
@@ -118,10 +116,7 @@ def evaluate(
     own = next((agent.spec.llm for agent in loaded.values() if agent.spec.llm), None)
     if "llm" not in values and own:
         checked = checked.model_copy(update={"llm": own})
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_WIDTH)
-    _run(checked, loaded, out, Display(console), track=track, single_node=single_node)
+    _run(checked, loaded, out, Display(Console()), track=track, single_node=single_node)
 
 
 def _run(
@@ -137,14 +132,26 @@ def _run(
     from mara_rl.evaluation.console import show
     from mara_rl.evaluation.evaluation import check_llms
     from mara_rl.evaluation.evaluation import evaluate as run
+    from mara_rl.evaluation.local_answers import LocalAnswers
+    from mara_rl.evaluation.prompt_set import load_prompt_set
 
     check_llms(plan, agents)
+    prompts = load_prompt_set(plan)
     uri = registry_uri(single_node) if track else None
     folder = out or _new_folder()
     display.line(f"evaluation in {folder}")
     command = shlex.join(["mara-rl", *sys.argv[1:]])
     try:
-        done = run(plan, agents, folder, display, command=command)
+        done = run(
+            plan,
+            agents,
+            prompts,
+            LocalAnswers(plan, display),
+            folder,
+            display,
+            command=command,
+            go_on_hint=f"the same command with --out {folder} goes on from here",
+        )
     except (Exception, KeyboardInterrupt):
         if out is None:
             with contextlib.suppress(OSError):  # not empty

@@ -5,12 +5,14 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TextIO
+from typing import Self, TextIO
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from mara_rl.common.atomic_write import write_atomically
 from mara_rl.common.errors import DataError, first_line, first_problem
+from mara_rl.decoding.answer import DecodedAnswer
 from mara_rl.evaluation.prompt_set import PromptSet
 from mara_rl.prompts.prompt_files import PromptRecord
 
@@ -47,6 +49,25 @@ class Answer(BaseModel):
     forwards: float | None = None
     seconds: float | None = None
 
+    @classmethod
+    def of(
+        cls, id: str, replicate: int, decoded: DecodedAnswer, *, forwards: float, seconds: float
+    ) -> Self:
+        """What a decoder made, with its share of what decoding took."""
+        return cls(
+            id=id,
+            replicate=replicate,
+            text=decoded.text,
+            finish_reason=decoded.finish_reason,
+            tokens=len(decoded.token_ids),
+            examined=decoded.examined,
+            looked=decoded.looked,
+            kl=decoded.kl,
+            positions=tuple(np.bincount(decoded.choices).tolist()),
+            forwards=forwards,
+            seconds=seconds,
+        )
+
 
 class AnswerFile:
     """The answers of one method, appended to a file while they are made."""
@@ -65,14 +86,14 @@ class AnswerFile:
         if self._file is not None:
             self._file.close()
 
-    def append(self, answer: Answer) -> None:
-        """Keep an answer: it is on disk when this returns."""
+    def append(self, *answers: Answer) -> None:
+        """Keep answers: they are on disk when this returns."""
         if self._file is None:
             raise ValueError("append outside of the with block")
-        self._file.write(answer.model_dump_json(exclude_none=True) + "\n")
+        self._file.writelines(a.model_dump_json(exclude_none=True) + "\n" for a in answers)
         self._file.flush()
         os.fsync(self._file.fileno())
-        self.done[answer.id, answer.replicate] = answer
+        self.done.update(((answer.id, answer.replicate), answer) for answer in answers)
 
     def table(self, ids: Sequence[str], replicates: int) -> list[list[Answer]]:
         """All answers, by prompt and replicate."""

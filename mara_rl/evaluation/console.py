@@ -11,11 +11,16 @@ from mara_rl.evaluation.figures import BROKEN_SHARE
 from mara_rl.metrics.preference import PreferenceRate, result_line
 from mara_rl.prompts.prompt_files import PACKAGED
 
+_NAMED = 5  # prompts left out, on a line
+_WIDTH = 100  # of tables at least: in a narrower terminal lines run on, in files they are whole
+
 
 def show(figures: Mapping[str, Any], display: Display) -> None:
     """Print everything a person needs to judge the outcome; the result line comes last, once."""
+    console = display.console
+    console.width = max(console.width, _WIDTH)
     for judge, about in figures["judges"].items():
-        display.console.print(_table(figures, judge, about), markup=False)
+        console.print(_table(figures, judge, about), markup=False)
     for row in figures["published"]:
         rate = row["measured"]
         display.line(
@@ -25,7 +30,7 @@ def show(figures: Mapping[str, Any], display: Display) -> None:
     for line in warnings(figures):
         display.line(f"warning: {line}")
     if figures["result"] is not None:
-        display.line(result_line(rate_of(figures["result"])))
+        display.line(result_line(PreferenceRate.of(figures["result"])))
 
 
 def warnings(figures: Mapping[str, Any]) -> list[str]:
@@ -35,6 +40,13 @@ def warnings(figures: Mapping[str, Any]) -> list[str]:
     if prompts["seen_in_training"] and not prompts["seen_were_dropped"]:
         lines.append(
             f"{len(prompts['seen_in_training'])} of {prompts['n']} prompts were seen in training"
+        )
+    if left_out := prompts["left_out"]:
+        named = [f"{name!r} ({axis})" for name, axis in left_out.items()]
+        more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+        lines.append(
+            f"{len(left_out)} of {prompts['n'] + len(left_out)} prompts are left out, a score is "
+            f"not finite: {', '.join(named[:_NAMED])}{more}"
         )
     agents = any(method["kind"] == "agent" for method in figures["methods"].values())
     if agents and prompts["source"] != PACKAGED and prompts["training_prompts"] == PACKAGED:
@@ -56,22 +68,9 @@ def warnings(figures: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def rate_of(found: Mapping[str, Any]) -> PreferenceRate:
-    """A rate of the summary as the one the result line is made of."""
-    return PreferenceRate(
-        rate=found["rate"],
-        low=found["low"],
-        high=found["high"],
-        n=found["n"],
-        wins=found["won"],
-        losses=found["lost"],
-        ties=found["n"] - found["won"] - found["lost"],
-    )
-
-
 def points(rate: Mapping[str, Any]) -> str:
     """``+34.0 [+21.0, +47.0]``."""
-    return f"{rate['rate']:+.1f} [{rate['low']:+.1f}, {rate['high']:+.1f}]"
+    return str(PreferenceRate.of(rate))
 
 
 def _table(figures: Mapping[str, Any], judge: str, about: Mapping[str, Any]) -> Table:
@@ -87,21 +86,35 @@ def _table(figures: Mapping[str, Any], judge: str, about: Mapping[str, Any]) -> 
     table.add_column("method", overflow="fold")
     for name in ("both axes", "helpful", "harmless", "reward", "safe", "refused", "KL", "forwards"):
         table.add_column(name, justify="right", no_wrap=True)
+    result = figures["result"] or {"method": None, "baseline": None}
     for name, method in figures["methods"].items():
         versus = method["versus_baseline"].get(judge)
         decoding = method["decoding"]
         table.add_row(
             name + (" (!)" if method["flag"] else ""),
-            points(versus["both"]) if versus else "baseline",
-            f"{versus['helpful']['rate']:+.1f}" if versus else "",
-            f"{versus['harmless']['rate']:+.1f}" if versus else "",
-            f"{versus['difference']['weighted']['value']:+.2f}" if versus else "",
+            *(_rates(versus) if versus else ("baseline", "", "", "")),
             f"{method['judges'][judge]['safe_share']['value']:.0%}",
             f"{method['answers']['refusal_share']:.0%}",
             _optional(decoding.get("kl_per_token"), 3),
             _optional(decoding.get("forwards_per_token"), 2),
         )
+        kinds = method["answers"]["by_kind"]
+        if len(kinds) > 1 and name in (result["method"], result["baseline"]):
+            for kind, answers in kinds.items():
+                group = versus["groups"].get(f"kind: {kind}") if versus else None
+                refused = f"{answers['refusal_share']:.0%}"
+                table.add_row(f"  {kind}", *(_rates(group) if group else [""] * 4), "", refused)
     return table
+
+
+def _rates(versus: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """Net rates on both axes, helpful and harmless; difference in weighted reward."""
+    return (
+        points(versus["both"]),
+        f"{versus['helpful']['rate']:+.1f}",
+        f"{versus['harmless']['rate']:+.1f}",
+        f"{versus['difference']['weighted']['value']:+.2f}",
+    )
 
 
 def _optional(value: float | None, digits: int) -> str:

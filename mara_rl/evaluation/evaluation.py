@@ -17,26 +17,29 @@ from mara_rl.common.atomic_write import write_atomically
 from mara_rl.common.display import Display
 from mara_rl.common.errors import ConfigError, MaraError
 from mara_rl.common.home import mara_home
-from mara_rl.evaluation.answers import read_foreign_answers, write_answers
+from mara_rl.evaluation.answer_maker import AnswerMaker
+from mara_rl.evaluation.answers import Answer, read_foreign_answers, write_answers
 from mara_rl.evaluation.examples import chosen_examples
 from mara_rl.evaluation.figures import best_of_groups
 from mara_rl.evaluation.generation import Generation, Table
-from mara_rl.evaluation.inputs import ANSWERS, FILE, claim, opened, plan_inputs
+from mara_rl.evaluation.inputs import ANSWERS, FILE, claim, locked, plan_inputs
+from mara_rl.evaluation.judged import Judged, baseline_scales
 from mara_rl.evaluation.judging import Judging, ScoreSource, score_sources
 from mara_rl.evaluation.plan import (
     AXES,
     AgentMethod,
     AnswersMethod,
-    BaseMethod,
     BestOfMethod,
     EvaluationPlan,
+    PlainMethod,
     RewriteMethod,
 )
-from mara_rl.evaluation.prompt_set import PromptSet, load_prompt_set
+from mara_rl.evaluation.prompt_set import PromptSet
 from mara_rl.evaluation.published import published_beside, published_set
 from mara_rl.evaluation.report import write_report
 from mara_rl.evaluation.score_cache import ScoreCache
-from mara_rl.evaluation.summary import Judged, baseline_scales, summary
+from mara_rl.evaluation.summary import summary
+from mara_rl.metrics.preference import PreferenceRate, result_line
 
 SCORES = "scores.jsonl"
 SUMMARY = "summary.json"
@@ -49,27 +52,36 @@ class Evaluation:
 
     plan: EvaluationPlan
     folder: Path
-    judged: Judged
     summary: dict[str, Any]
+
+    @property
+    def result_line(self) -> str | None:
+        """The line scripts read; None without a second method."""
+        found = self.summary["result"]
+        return result_line(PreferenceRate.of(found)) if found else None
 
 
 def evaluate(
     plan: EvaluationPlan,
     agents: Mapping[str, Agent],
+    prompts: PromptSet,
+    maker: AnswerMaker,
     folder: Path,
     display: Display,
     *,
     command: str,
+    go_on_hint: str | None = None,
 ) -> Evaluation:
-    """Make, score and compare the answers of a plan, or go on where an earlier call ended.
+    """Have the answers of a plan made, score and compare them, or go on where a call ended.
 
-    ``agents`` holds the agent of every method that has one. The folder gets ``answers/`` (a jsonl
-    file a method), ``scores.jsonl``, ``summary.json`` and ``report.html``.
+    ``agents`` holds the agent of every method that has one; ``maker`` makes the answers. The folder
+    gets ``answers/`` (a jsonl file a method), ``scores.jsonl``, ``summary.json`` and
+    ``report.html``. ``command`` is what is said to have made them; ``go_on_hint`` is printed where
+    this does not come to its end.
 
-    Raises ConfigError and DataError with one line each; what was made by then stays.
+    Raises MaraError with one line; what was made by then stays.
     """
     published_set(plan)  # a wrong name ends this now, not after hours
-    prompts = load_prompt_set(plan)
     with contextlib.ExitStack() as stack:
         if any(judge.asks_ray for judge in plan.judges.values()):
             from services.cluster.ray_session import ray_session
@@ -82,20 +94,25 @@ def evaluate(
             if isinstance(method, AnswersMethod)
         }
         _check_pools(plan, given)
-        inputs = plan_inputs(plan, prompts, agents)  # takes a while: an LLM is read for it
-        stack.enter_context(opened(folder))
+        inputs = plan_inputs(plan, prompts, agents, maker)  # takes a while: an LLM is read for it
+        stack.enter_context(locked(folder))
         if claim(folder, inputs):
             display.line(f"going on in {folder}")
         for name, table in given.items():
             write_answers(folder / ANSWERS / f"{name}.jsonl", table)
-        stack.enter_context(_told_how_to_go_on(folder, display))
+        if go_on_hint is not None:
+            stack.enter_context(_hint_where_stopped(go_on_hint, display))
         display.line(_about(prompts))
-        tables = Generation(plan, prompts, agents, folder / ANSWERS, display).run(given)
+        generation = Generation(plan, prompts, agents, maker, folder / ANSWERS, display)
+        tables, kl_answers = generation.run(given)
         cache = stack.enter_context(ScoreCache(mara_home() / "cache" / "scores.sqlite"))
-        judging = Judging(prompts, sources, cache, display)
-        judged = _judge(plan, prompts, agents, tables, judging, folder)
+        judging = Judging(plan, prompts, sources, cache, display)
+        judged = _judge(plan, prompts, agents, tables, kl_answers, judging, folder)
     with display.phase("figures and report", total=1):
+        _write_scores(folder / SCORES, judged)
+        judged, left_out = judged.with_all_scores()
         figures = summary(judged)
+        figures["prompts"]["left_out"] = left_out
         figures["judges"] = _judges(plan, sources)
         figures["published"] = published_beside(plan, agents, figures)
         if published_set(plan) and not figures["published"]:
@@ -116,19 +133,18 @@ def evaluate(
                 for name, agent in agents.items()
             },
         }
-        _write_scores(folder / SCORES, judged)
         text = json.dumps(figures, indent=2, ensure_ascii=False, allow_nan=False)
         write_atomically(folder / SUMMARY, text + "\n")
         write_report(folder / REPORT, figures, judged)
-    return Evaluation(plan, folder, judged, figures)
+    return Evaluation(plan, folder, figures)
 
 
 @contextlib.contextmanager
-def _told_how_to_go_on(folder: Path, display: Display) -> Iterator[None]:
+def _hint_where_stopped(hint: str, display: Display) -> Iterator[None]:
     try:
         yield
     except (Exception, KeyboardInterrupt):
-        display.line(f"stopped: the same command with --out {folder} goes on from here")
+        display.line(f"stopped: {hint}")
         raise
 
 
@@ -145,7 +161,7 @@ def _check_pools(plan: EvaluationPlan, given: Mapping[str, Table]) -> None:
 
 
 def _about(prompts: PromptSet) -> str:
-    parts = [f"{len(prompts.prompts)} prompts"]
+    parts = [f"evaluation on {len(prompts.prompts)} prompts"]
     if prompts.duplicates:
         parts.append(f"{prompts.duplicates} duplicates dropped")
     if prompts.seen:
@@ -159,6 +175,7 @@ def _judge(
     prompts: PromptSet,
     agents: Mapping[str, Agent],
     tables: dict[str, Table],
+    kl_answers: Mapping[str, list[Answer]],
     judging: Judging,
     folder: Path,
 ) -> Judged:
@@ -171,7 +188,7 @@ def _judge(
         for name, method in plan.methods.items()
         if isinstance(method, AgentMethod)
     }
-    judged = Judged(plan, prompts, tables, scores, scales, rules)
+    judged = Judged(plan, prompts, tables, scores, scales, rules, kl_answers)
     for name, method in chosen.items():
         training = [judged.weighted(judge, method.of) for judge in plan.training_judges]
         weighted = np.sum(training, axis=0)
@@ -200,7 +217,7 @@ def _judges(
 
 
 def _write_scores(path: Path, judged: Judged) -> None:
-    """One line an answer: method, id, replicate, and its scores by judge."""
+    """One line an answer: method, id, replicate, and its scores by judge, null for none."""
     lines = []
     for method, table in judged.tables.items():
         for row, answers in enumerate(table):
@@ -213,7 +230,7 @@ def _write_scores(path: Path, judged: Judged) -> None:
                             "replicate": number,
                             "scores": {
                                 judge: {
-                                    axis: float(values[row, number])
+                                    axis: _finite_or_none(values[row, number])
                                     for axis, values in by_method[method].items()
                                 }
                                 for judge, by_method in judged.scores.items()
@@ -225,6 +242,10 @@ def _write_scores(path: Path, judged: Judged) -> None:
     write_atomically(path, "".join(line + "\n" for line in lines))
 
 
+def _finite_or_none(score: float) -> float | None:
+    return float(score) if np.isfinite(score) else None
+
+
 def check_llms(plan: EvaluationPlan, agents: Mapping[str, Agent]) -> None:
     """Refuse LLMs that are not there, and agents that do not fit theirs, before anything is made.
 
@@ -234,7 +255,7 @@ def check_llms(plan: EvaluationPlan, agents: Mapping[str, Agent]) -> None:
 
     sizes: dict[str, int] = {}
     for name, method in plan.methods.items():
-        if not isinstance(method, BaseMethod | AgentMethod | RewriteMethod):
+        if not isinstance(method, PlainMethod | AgentMethod | RewriteMethod):
             continue
         llm = plan.llm_of(method)
         try:

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from mara_rl.evaluation.summary import Judged
+from mara_rl.evaluation.judged import Judged
 
 RANKS = {"best": 1.0, "upper quartile": 0.75, "median": 0.5, "lower quartile": 0.25, "worst": 0.0}
 

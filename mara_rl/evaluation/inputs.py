@@ -11,28 +11,28 @@ from mara_rl.agents.agent_files import agent_sha256
 from mara_rl.common.atomic_write import write_atomically
 from mara_rl.common.errors import ConfigError, first_line
 from mara_rl.common.file_lock import file_lock
+from mara_rl.evaluation.answer_maker import AnswerMaker
 from mara_rl.evaluation.answers import AnswerFile
 from mara_rl.evaluation.fingerprints import file_sha256, llm_sha256
 from mara_rl.evaluation.plan import AnswersMethod, BestOfMethod, EvaluationPlan, RewriteMethod
 from mara_rl.evaluation.prompt_set import PromptSet
-from mara_rl.llm.policy_llm import placement
 
 FILE = "inputs.json"
 ANSWERS = "answers"
 LOCK = "lock"
+_MAY_GROW = ("replicates", "kl_prompts")
 _DECODED_BY = {"dtype", "device"}
 _KNOWN_BY = {"llm": "llm_sha256", "source": "checksum", "agent": "agent_sha256", "file": "sha256"}
 """What says that two names are of the same content; "" does not."""
 
 
 def plan_inputs(
-    plan: EvaluationPlan, prompts: PromptSet, agents: Mapping[str, Agent]
+    plan: EvaluationPlan, prompts: PromptSet, agents: Mapping[str, Agent], maker: AnswerMaker
 ) -> dict[str, Any]:
     """All that fixes the answers, by name, the content of files included.
 
     Judges and weights are not part of it; of methods that only choose among answers, that they do.
     """
-    device, dtype = placement(None, plan.dtype)
     shared = ("llm", "system", "max_new_tokens", "seed")
     inputs: dict[str, Any] = {name: getattr(plan, name) for name in shared}
     inputs["llm_sha256"] = llm_sha256(plan.llm)
@@ -47,7 +47,7 @@ def plan_inputs(
         if isinstance(method, AnswersMethod):
             found["sha256"] = file_sha256(Path(method.file))
         else:
-            found |= {"dtype": dtype, "device": device.type}
+            found |= {"dtype": maker.dtype, "device": maker.device}
         if isinstance(method, RewriteMethod):
             source = plan.methods[method.of]
             found["of_sha256"] = (
@@ -62,7 +62,7 @@ def plan_inputs(
 
 
 @contextlib.contextmanager
-def opened(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Make the folder of an evaluation, or enter one, and keep other processes out.
 
     Raises ConfigError where something else is in it, or another process evaluates there.
@@ -135,7 +135,7 @@ def _differences(
     """
     for key, value in new.items():
         path = f"{prefix}{key}"
-        if (prefix == "methods." and key not in old) or key == "replicates":
+        if (prefix == "methods." and key not in old) or key in _MAY_GROW:
             continue
         check = _KNOWN_BY.get(key)
         if check is not None and new.get(check) and old.get(check) == new[check]:

@@ -3,12 +3,12 @@
 import contextlib
 import gc
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
 
 from mara_rl.common.display import Display
 from mara_rl.common.errors import ConfigError, DataError, MaraError
@@ -24,10 +24,8 @@ from mara_rl.score_models.loading import load_score_model, shipped_names
 _BATCH = 64
 
 Scores = dict[str, np.ndarray]  # by axis, (N, R) each
-
-
-class _Scorer(Protocol):
-    def score(self, pairs: Sequence[tuple[str, str]]) -> Sequence[float]: ...
+Pair = tuple[str, str]  # prompt, answer
+_Scorer = Callable[[Sequence[Pair]], ArrayLike]  # scores (B,) or (B, sources)
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ def _served_source(judge: str, axis: str, service: str) -> ScoreSource:
         try:
             identity = f"{service} {UrlScores(service).model()}"
         except MaraError as error:
-            raise ConfigError(f"judges.{judge}.{axis}: score service {service}: {error}") from error
+            raise type(error)(f"judges.{judge}.{axis}: score service {service}: {error}") from error
         return ScoreSource(judge, axis, service, None, identity, "")
     from services.scoring.score_service import deployed_score
 
@@ -96,11 +94,13 @@ class Judging:
 
     def __init__(
         self,
+        plan: EvaluationPlan,
         prompts: PromptSet,
         sources: Mapping[tuple[str, str], ScoreSource],
         cache: ScoreCache,
         display: Display,
     ) -> None:
+        self._plan = plan
         self._prompts = prompts
         self._sources = sources
         self._cache = cache
@@ -111,88 +111,105 @@ class Judging:
     ) -> dict[str, Scores]:
         """One judge's scores by method and axis, (N, R) each.
 
-        Raises DataError for a judge that fails, and for a score that is not finite, naming method,
+        Where the plan leaves out unscored prompts, NaN stands for a score that is not finite.
+        Raises DataError for a judge that fails, and otherwise for such a score, naming method,
         prompt and judge.
         """
-        found: dict[str, Scores] = {name: {} for name in tables}
-        for axis in AXES:
-            known = self._known(self._sources[judge, axis], tables)
-            for name, table in tables.items():
-                pairs = [self._pair(row, answer) for row, a in enumerate(table) for answer in a]
-                values = np.array([known[pair] for pair in pairs])
-                found[name][axis] = values.reshape(len(table), -1)
-        return found
+        sources = [self._sources[judge, axis] for axis in AXES]
+        # Services are asked at the same time; of models in this process one is loaded at a time.
+        groups = [sources] if self._plan.judges[judge].serve else [[each] for each in sources]
+        known: dict[str, dict[Pair, float]] = {}
+        for group in groups:
+            known |= self._known(judge, group, tables)
+        return {
+            name: {axis: self._table(known[axis], table) for axis in AXES}
+            for name, table in tables.items()
+        }
 
-    def _pair(self, row: int, answer: Answer) -> tuple[str, str]:
+    def _table(
+        self, known: Mapping[Pair, float], table: Sequence[Sequence[Answer]]
+    ) -> NDArray[np.float64]:
+        return np.array(
+            [[known[self._pair(row, a)] for a in answers] for row, answers in enumerate(table)]
+        )
+
+    def _pair(self, row: int, answer: Answer) -> Pair:
         return self._prompts.prompts[row].text, answer.text
 
     def _known(
-        self, source: ScoreSource, tables: Mapping[str, Sequence[Sequence[Answer]]]
-    ) -> dict[tuple[str, str], float]:
-        where: dict[tuple[str, str], tuple[str, str]] = {}  # pair: (method, prompt id)
+        self,
+        judge: str,
+        sources: Sequence[ScoreSource],
+        tables: Mapping[str, Sequence[Sequence[Answer]]],
+    ) -> dict[str, dict[Pair, float]]:
+        """Scores by axis, those that the cache lacks from these sources."""
+        where: dict[Pair, tuple[str, str]] = {}  # method, prompt id
         for name, table in tables.items():
             for row, answers in enumerate(table):
                 for answer in answers:
                     where.setdefault(self._pair(row, answer), (name, answer.id))
-        known = self._cache.get(source.identity, where)
+        known = {source.axis: self._cache.get(source.identity, where) for source in sources}
         # Score models read a prompt once for all answers to it; like lengths waste no padding.
-        todo = sorted(where.keys() - known.keys(), key=lambda pair: (len(pair[0]), *pair))
+        todo = sorted(
+            (pair for pair in where if any(pair not in found for found in known.values())),
+            key=lambda pair: (len(pair[0]), *pair),
+        )
         if not todo:
             return known
-        title = f"{source.axis} by {source.judge}"
+        title = f"{' and '.join(known)} by {judge}"
         with (
-            self._display.phase(title, total=len(where), done=len(known)) as phase,
-            _scorer(source) as scorer,
+            self._display.phase(title, total=len(where), done=len(where) - len(todo)) as phase,
+            _scorer(self._plan.judges[judge], sources) as scorer,
         ):
             for first in range(0, len(todo), _BATCH):
                 batch = todo[first : first + _BATCH]
-                values = self._scored(source, scorer, batch)
-                fresh = dict(zip(batch, values, strict=True))
-                finite = {pair: v for pair, v in fresh.items() if math.isfinite(v)}
-                self._cache.put(source.identity, finite)
-                for pair, value in fresh.items():
-                    if pair not in finite:
-                        method, prompt_id = where[pair]
+                columns = _scored(sources, scorer, batch)
+                for source, column in zip(sources, columns, strict=True):
+                    fresh = dict(zip(batch, column, strict=True))
+                    finite = {pair: value for pair, value in fresh.items() if math.isfinite(value)}
+                    self._cache.put(source.identity, finite)
+                    lacking = next((pair for pair in batch if pair not in finite), None)
+                    if lacking is not None and not self._plan.leave_out_unscored:
+                        method, prompt_id = where[lacking]
                         raise DataError(
-                            f"judge {source.judge!r}: {source.axis} of method {method!r}, prompt "
-                            f"{prompt_id!r}, by {source.model} is {value}; expected a finite number"
+                            f"judge {judge!r}: {source.axis} of method {method!r}, prompt "
+                            f"{prompt_id!r}, by {source.model} is {fresh[lacking]}; expected a "
+                            "finite number"
                         )
-                known |= fresh
+                    known[source.axis] |= dict.fromkeys(batch, math.nan) | finite
                 phase.advance(len(batch))
         return known
 
-    @staticmethod
-    def _scored(
-        source: ScoreSource, scorer: _Scorer, batch: Sequence[tuple[str, str]]
-    ) -> list[float]:
-        try:
-            return [float(value) for value in scorer.score(batch)]
-        except (MaraError, RuntimeError, ValueError) as error:
-            kind = type(error) if isinstance(error, MaraError) else DataError
-            raise kind(
-                f"judge {source.judge!r}: {source.axis} by {source.model} failed: {error} "
-                "(what it had scored is kept)"
-            ) from error
 
-
-class _ServedScores:
-    """One score service as a scorer."""
-
-    def __init__(self, service: str) -> None:
-        from services.scoring.score_client import ScoreClient, ScoreClientConfig
-
-        self._client = ScoreClient(ScoreClientConfig(sources={"score": service}))
-
-    def score(self, pairs: Sequence[tuple[str, str]]) -> Sequence[float]:
-        return self._client.score(pairs)[:, 0].tolist()
+def _scored(
+    sources: Sequence[ScoreSource], scorer: _Scorer, batch: Sequence[Pair]
+) -> list[list[float]]:
+    """Scores by source and pair."""
+    try:
+        return np.asarray(scorer(batch), dtype=np.float64).reshape(len(batch), -1).T.tolist()
+    except (MaraError, RuntimeError, ValueError) as error:
+        kind = type(error) if isinstance(error, MaraError) else DataError
+        what = " and ".join(f"{source.axis} by {source.model}" for source in sources)
+        raise kind(
+            f"judge {sources[0].judge!r}: {what} failed: {error} (what it had scored is kept)"
+        ) from error
 
 
 @contextlib.contextmanager
-def _scorer(source: ScoreSource) -> Iterator[_Scorer]:
-    if source.dtype is None:
-        yield _ServedScores(source.model)
+def _scorer(judge: Judge, sources: Sequence[ScoreSource]) -> Iterator[_Scorer]:
+    """What scores pairs by these sources: services all at once, or one model in this process."""
+    if judge.serve:
+        from services.scoring.score_client import ScoreClient, ScoreClientConfig
+
+        services = {source.axis: source.model for source in sources}
+        yield ScoreClient(
+            ScoreClientConfig(
+                sources=services, deadline_s=judge.deadline_s, max_attempts=judge.max_attempts
+            )
+        ).score
         return
+    [source] = sources
     model = load_score_model(source.model, dtype=source.dtype)
-    yield model
+    yield model.score
     del model
     gc.collect()

@@ -1,4 +1,4 @@
-"""What an evaluation is told: prompts, methods and judges, in one checked plan."""
+"""What an evaluation is about: prompts, methods and judges, in one checked plan."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -28,7 +28,7 @@ ALIGNER_TEMPLATE = (
 )
 
 
-class BaseMethod(CandidateOverrides):
+class PlainMethod(CandidateOverrides):
     """An LLM without an agent: the plan's own or another, e.g. an RLHF- or DPO-tuned checkpoint."""
 
     kind: Literal["base"] = "base"
@@ -64,6 +64,9 @@ class AgentMethod(Section):
     temperature: float = Field(1.0, gt=0, description="for rule sample")
     allow_other_llm: bool = Field(False, description="use it with an LLM it was not trained on")
     replicates: int = Field(1, ge=1, description="answers to each prompt")
+    kl_prompts: int = Field(
+        0, ge=0, description="prompts it also samples an answer to, to estimate its KL"
+    )
 
     @property
     def samples(self) -> bool:
@@ -73,8 +76,8 @@ class AgentMethod(Section):
     @property
     def as_trained(self) -> bool:
         """Whether the agent decodes as it says itself."""
-        told = (self.strength, self.exact, self.rule, self.temperature)
-        return told == (1.0, None, None, 1.0)
+        settings = (self.strength, self.exact, self.rule, self.temperature)
+        return settings == (1.0, None, None, 1.0)
 
 
 class BestOfMethod(Section):
@@ -118,10 +121,10 @@ class AnswersMethod(Section):
 
 
 Method = Annotated[
-    BaseMethod | AgentMethod | BestOfMethod | RewriteMethod | AnswersMethod,
+    PlainMethod | AgentMethod | BestOfMethod | RewriteMethod | AnswersMethod,
     Field(discriminator="kind"),
 ]
-GeneratedMethod = BaseMethod | AgentMethod | RewriteMethod
+GeneratedMethod = PlainMethod | AgentMethod | RewriteMethod
 
 
 class Judge(Section):
@@ -134,6 +137,8 @@ class Judge(Section):
     serve: bool = Field(
         False, description="reward and cost name Serve applications, or are URLs of score services"
     )
+    deadline_s: float = Field(120.0, gt=0, description="for one call of score services")
+    max_attempts: int = Field(3, ge=1, description="attempts for each score within the deadline")
     safe_below: float = Field(0.0, description="a cost of at most this is called safe")
 
     def model(self, axis: str) -> str:
@@ -179,6 +184,9 @@ class EvaluationPlan(Section):
     scales: dict[Literal["reward", "cost"], float] | None = Field(
         None, description="scores are divided by these; null: deviations on the baseline's answers"
     )
+    leave_out_unscored: bool = Field(
+        False, description="leave out prompts that lack a finite score, instead of ending there"
+    )
     resamples: int = Field(10_000, ge=100, description="of the bootstrap")
     published: str | None = Field(
         None,
@@ -206,7 +214,7 @@ class EvaluationPlan(Section):
         return self
 
     def _check(self, name: str, method: Any) -> None:
-        if isinstance(method, BaseMethod | AgentMethod):
+        if isinstance(method, PlainMethod | AgentMethod):
             if method.replicates > 1 and not method.samples:
                 raise ValueError(
                     f"methods.{name}.replicates: {method.replicates} without rule: sample; "

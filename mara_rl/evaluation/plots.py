@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mara_rl.evaluation.summary import BOUND_KL, GREEDY_KL, SAMPLED_KL, TEMPERED_KL, Judged
+from mara_rl.evaluation.judged import Judged
+from mara_rl.evaluation.summary import BOUND_KL, GREEDY_KL, SAMPLED_KL, TEMPERED_KL
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -73,7 +73,11 @@ def load_prompt_set(plan: EvaluationPlan) -> PromptSet:
     Raises DataError for a file that is not one of prompts (see `read_records`), in which only some
     prompts have ids, or of which nothing is left.
     """
-    records = _records(plan.prompts, "heldout")
+    return prompt_set(plan, _records(plan.prompts, "heldout"))
+
+
+def prompt_set(plan: EvaluationPlan, records: Sequence[PromptRecord]) -> PromptSet:
+    """Those of ``records`` that the plan is about. Raises DataError where nothing is left."""
     first: dict[str, PromptRecord] = {}
     for record in records:
         first.setdefault(normalised(record.text), record)

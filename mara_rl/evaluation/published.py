@@ -10,7 +10,7 @@ import yaml
 
 from mara_rl.agents.agent import Agent
 from mara_rl.common.errors import ConfigError
-from mara_rl.evaluation.plan import AXES, AgentMethod, BaseMethod, EvaluationPlan, Judge
+from mara_rl.evaluation.plan import AXES, AgentMethod, EvaluationPlan, Judge, PlainMethod
 
 
 def published_set(plan: EvaluationPlan) -> str | None:
@@ -78,7 +78,7 @@ def _judges_as_published(judge: Judge, facts: Mapping[str, Any]) -> bool:
 def _is_alone(plan: EvaluationPlan, name: str, llm: str) -> bool:
     """Whether a method is this LLM without an agent, greedy."""
     method = plan.methods[name]
-    return isinstance(method, BaseMethod) and not method.samples and plan.llm_of(method) == llm
+    return isinstance(method, PlainMethod) and not method.samples and plan.llm_of(method) == llm
 
 
 def _facts() -> dict[str, Any]:

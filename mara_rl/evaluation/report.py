@@ -6,9 +6,9 @@ from typing import Any
 
 from mara_rl.common.atomic_write import write_atomically
 from mara_rl.evaluation import plots
-from mara_rl.evaluation.console import points, rate_of, warnings
-from mara_rl.evaluation.summary import Judged
-from mara_rl.metrics.preference import result_line
+from mara_rl.evaluation.console import points, warnings
+from mara_rl.evaluation.judged import Judged
+from mara_rl.metrics.preference import PreferenceRate, result_line
 
 
 def write_report(path: Path, figures: Mapping[str, Any], judged: Judged) -> None:
@@ -26,7 +26,7 @@ def write_report(path: Path, figures: Mapping[str, Any], judged: Judged) -> None
     result = figures["result"]
     text = environment.get_template("report.html.jinja").render(
         figures=figures,
-        line=result_line(rate_of(result)) if result else None,
+        line=result_line(PreferenceRate.of(result)) if result else None,
         warnings=warnings(figures),
         judge_plots={judge: _judge_plots(figures, judged, judge) for judge in figures["judges"]},
         positions=plots.accept_positions(figures),

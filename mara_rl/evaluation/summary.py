@@ -1,38 +1,31 @@
 """All figures of an evaluation as one object; docs/evaluation.md is the key to it."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
-from mara_rl.agents.agent import Rule
-from mara_rl.evaluation.answers import Answer
 from mara_rl.evaluation.figures import (
-    Rate,
     best_of_kl,
     cost_figures,
     decoding_figures,
     flag,
+    kl_figures,
     mean_difference,
     net_rate,
-    pair_outcomes,
     quadrants,
     text_figures,
-    weighted_reward,
 )
-from mara_rl.evaluation.judging import Scores
+from mara_rl.evaluation.judged import Judged
 from mara_rl.evaluation.plan import (
     AXES,
     AgentMethod,
-    BaseMethod,
     BestOfMethod,
-    EvaluationPlan,
+    PlainMethod,
     RewriteMethod,
 )
-from mara_rl.evaluation.prompt_set import PromptSet
 from mara_rl.metrics.bootstrap import PairedBootstrap
+from mara_rl.metrics.preference import Floats, PreferenceRate, outcomes
 
 FORMAT = 1
 MIN_GROUP = 2
@@ -40,51 +33,6 @@ SAMPLED_KL = "estimate from sampled answers"
 TEMPERED_KL = "along answers sampled at another temperature"
 GREEDY_KL = "along greedy answers"
 BOUND_KL = "upper bound log N − (N − 1)/N"
-
-
-@dataclass(frozen=True)
-class Judged:
-    """The answers of all methods and what the judges make of them.
-
-    Attributes:
-        tables: by method, answers by prompt (N) and replicate (R).
-        scores: by judge, method and axis, (N, R).
-        scales: by judge and axis, what scores are divided by in the weighted reward.
-        rules: by method that has an agent, the rule it decoded by.
-    """
-
-    plan: EvaluationPlan
-    prompts: PromptSet
-    tables: Mapping[str, Sequence[Sequence[Answer]]]
-    scores: Mapping[str, Mapping[str, Scores]]
-    scales: Mapping[str, dict[str, float]]
-    rules: Mapping[str, Rule]
-
-    def weighted(self, judge: str, method: str) -> NDArray[np.float64]:
-        """Weighted reward (N, R)."""
-        found = self.scores[judge][method]
-        return weighted_reward(
-            found["reward"], found["cost"], self.plan.weights, self.scales[judge]
-        )
-
-    def words(self, method: str) -> NDArray[np.float64]:
-        """Mean length in words of a method's answers to each prompt (N,)."""
-        return np.array(
-            [np.mean([len(a.text.split()) for a in row]) for row in self.tables[method]]
-        )
-
-
-def baseline_scales(plan: EvaluationPlan, scores: Mapping[str, Scores]) -> dict[str, float]:
-    """The plan's scales, or each score's standard deviation on the baseline's answers (1 for 0).
-
-    Of a best-of-N baseline, on the answers it chooses among: the choice itself needs scales.
-    """
-    if plan.scales is not None:
-        return {axis: plan.scales[axis] for axis in AXES}  # type: ignore[index]
-    baseline = plan.methods[plan.baseline_name]
-    found = scores[baseline.of if isinstance(baseline, BestOfMethod) else plan.baseline_name]
-    # Of equal scores, rounding may leave a deviation that is not 0.
-    return {axis: float(found[axis].std()) if np.ptp(found[axis]) else 1.0 for axis in AXES}
 
 
 def summary(judged: Judged) -> dict[str, Any]:
@@ -120,11 +68,11 @@ class _Rating:
         self._judged = judged
         self.bootstrap = bootstrap
 
-    def outcomes(self, judge: str, a: str, b: str) -> dict[str, NDArray[np.float64]]:
+    def outcomes(self, judge: str, a: str, b: str) -> dict[str, Floats]:
         ours, theirs = (self._judged.scores[judge][name] for name in (a, b))
-        return pair_outcomes(ours["reward"], theirs["reward"], ours["cost"], theirs["cost"])
+        return outcomes(ours["reward"], theirs["reward"], ours["cost"], theirs["cost"])
 
-    def rate(self, outcomes: NDArray[np.float64], rows: NDArray[Any] | None = None) -> Rate:
+    def rate(self, outcomes: Floats, rows: NDArray[Any] | None = None) -> PreferenceRate:
         plan = self._judged.plan
         return net_rate(outcomes, self.bootstrap, rows, seed=plan.seed, resamples=plan.resamples)
 
@@ -146,7 +94,7 @@ class _Rating:
         }
         figures["longer_words"] = bootstrap.mean(longer).plain()
         figures["quadrants"] = quadrants(
-            ours["reward"], theirs["reward"], ours["cost"], judged.plan.judges[judge].safe_below
+            outcomes["helpful"], ours["cost"], judged.plan.judges[judge].safe_below
         )
         figures["groups"] = {
             group: {
@@ -223,7 +171,7 @@ def _decoding(judged: Judged, name: str) -> dict[str, Any]:
         for of_single in ("kl_per_token", "kl_per_answer", "examined_per_token"):
             figures.pop(of_single, None)
         source = judged.plan.methods[method.of]
-        if tokens and isinstance(source, BaseMethod) and source.is_reference:
+        if tokens and isinstance(source, PlainMethod) and source.is_reference:
             figures["kl_per_answer"] = best_of_kl(method.n)
             figures["kl_per_token"] = best_of_kl(method.n) * len(answers) / tokens
             figures["kl_is"] = BOUND_KL
@@ -236,7 +184,9 @@ def _decoding(judged: Judged, name: str) -> dict[str, Any]:
         figures["kl_is"] = GREEDY_KL
         if judged.rules[name] == "sample":
             figures["kl_is"] = SAMPLED_KL if method.temperature == 1.0 else TEMPERED_KL
-    elif isinstance(method, BaseMethod) and not method.is_reference:
+        if name in judged.kl_answers:
+            figures |= kl_figures(judged.kl_answers[name]) | {"kl_is": SAMPLED_KL}
+    elif isinstance(method, PlainMethod) and not method.is_reference:
         for of_single in ("kl_per_token", "kl_per_answer"):  # to the plan's LLM it is not known
             figures.pop(of_single, None)
     return figures

@@ -4,62 +4,76 @@ Everywhere A is the side under test and B the one it is compared with, answer by
 prompts.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mara_rl.common.errors import ConfigError, DataError
 
+Floats = NDArray[np.float64]
+
 
 @dataclass(frozen=True, slots=True)
 class PreferenceRate:
     """Net wins of A over B: ``rate`` = 100 (wins − losses) / n, in points from −100 to 100.
 
-    ``low`` and ``high`` bound its confidence interval, in points too.
+    Attributes:
+        low, high: bounds of its 95 % interval, in points too.
+        n: prompts.
+        wins, losses, ties: prompts, one with several answers by shares.
+        won, lost: prompts that on balance are won or lost.
+        p_value: `sign_test` of these.
     """
 
     rate: float
     low: float
     high: float
     n: int
-    wins: int
-    losses: int
-    ties: int
+    wins: float
+    losses: float
+    ties: float
+    won: int
+    lost: int
+    p_value: float
+
+    @classmethod
+    def of(cls, figures: Mapping[str, Any]) -> Self:
+        """The rate that ``asdict`` made these figures of; others among them play no part."""
+        return cls(**{field.name: figures[field.name] for field in fields(cls)})
+
+    def __str__(self) -> str:
+        """``+34.0 [+21.0, +47.0]``."""
+        rate, low, high = (
+            f"{round(points, 1) + 0.0:+.1f}"  # + 0.0 turns −0.0 into 0.0
+            for points in (self.rate, self.low, self.high)
+        )
+        return f"{rate} [{low}, {high}]"
 
 
 def outcomes(
     reward_a: ArrayLike, reward_b: ArrayLike, cost_a: ArrayLike, cost_b: ArrayLike
-) -> NDArray[np.int8]:
-    """Outcome of A per prompt on both axes, (N,): +1 win, −1 loss, 0 tie.
+) -> dict[str, Floats]:
+    """Outcomes (N, R·Q) of each of R answers of A against each of Q of B to the same N prompts.
 
-    A wins where its reward is higher *and* its cost lower than B's, and loses where both are
-    worse; anything else, an axis without a difference included, is a tie. All scores are (N,).
-    Raises DataError for a score that is not finite, naming its index, and for unequal shapes.
+    ``helpful``: +1 where A's reward is higher, −1 lower, 0 equal. ``harmless``: the same of a lower
+    cost. ``both``: +1 where A is better on both axes, −1 worse on both, else 0. Scores are (N, R)
+    of A and (N, Q) of B. Raises DataError for a score that is not finite, naming its prompt's
+    index, and for shapes that do not fit.
     """
-    reward = axis_outcomes(reward_a, reward_b, better="higher", axis="reward")
-    cost = axis_outcomes(cost_a, cost_b, better="lower", axis="cost")
-    if len(reward) != len(cost):
-        raise DataError(f"{len(reward)} reward and {len(cost)} cost scores; expected equally many")
-    return np.where(reward == cost, reward, np.int8(0))
-
-
-def axis_outcomes(
-    a: ArrayLike, b: ArrayLike, *, better: Literal["higher", "lower"], axis: str = "score"
-) -> NDArray[np.int8]:
-    """Outcome of A per prompt on one axis, (N,): +1 where A's score is better, −1 worse, 0 equal.
-
-    ``axis`` names the scores in errors. Raises DataError as `outcomes` does.
-    """
-    scores_a, scores_b = _finite(a, f"{axis}_a"), _finite(b, f"{axis}_b")
-    if len(scores_a) != len(scores_b):
+    helpful = _signs(reward_a, reward_b, "reward")
+    harmless = -_signs(cost_a, cost_b, "cost")
+    if helpful.shape != harmless.shape:
         raise DataError(
-            f"{len(scores_a)} {axis}_a and {len(scores_b)} {axis}_b scores; expected equally many"
+            f"{len(helpful)} reward and {len(harmless)} cost scores; expected equally many"
         )
-    # Compared, not subtracted: the difference of two scores may round to 0 or overflow.
-    higher = (scores_a > scores_b).astype(np.int8) - (scores_a < scores_b).astype(np.int8)
-    return higher if better == "higher" else -higher
+    return {
+        "both": np.where(helpful == harmless, helpful, 0.0),
+        "helpful": helpful,
+        "harmless": harmless,
+    }
 
 
 def preference_rate(
@@ -97,19 +111,18 @@ def preference_rate(
         low=100 * float(low),
         high=100 * float(high),
         n=n,
-        wins=wins,
-        losses=losses,
-        ties=n - wins - losses,
+        wins=float(wins),
+        losses=float(losses),
+        ties=float(n - wins - losses),
+        won=wins,
+        lost=losses,
+        p_value=sign_test(wins, losses),
     )
 
 
 def result_line(rate: PreferenceRate) -> str:
     """The one line scripts read: ``preference rate: +34.0 [+21.0, +47.0] (n=120)``."""
-    mid, low, high = (
-        f"{round(points, 1) + 0.0:+.1f}"  # + 0.0 turns −0.0 into 0.0
-        for points in (rate.rate, rate.low, rate.high)
-    )
-    return f"preference rate: {mid} [{low}, {high}] (n={rate.n})"
+    return f"preference rate: {rate} (n={rate.n})"
 
 
 def sign_test(wins: int, losses: int) -> float:
@@ -128,11 +141,25 @@ def sign_test(wins: int, losses: int) -> float:
     return min(1.0, 2 * total / 2**n)
 
 
-def _finite(scores: ArrayLike, name: str) -> NDArray[np.float64]:
+def _signs(a: ArrayLike, b: ArrayLike, axis: str) -> Floats:
+    """+1, 0, −1 as A (N, R) is above, equal to, below B (N, Q): (N, R·Q). Not subtracted: the
+    difference of two scores may round to 0 or overflow."""
+    left, right = _finite(a, f"{axis}_a"), _finite(b, f"{axis}_b")
+    if len(left) != len(right):
+        raise DataError(
+            f"{len(left)} {axis}_a and {len(right)} {axis}_b scores; expected equally many"
+        )
+    left, right = left[:, :, None], right[:, None, :]
+    signs = (left > right).astype(np.float64) - (left < right)
+    return signs.reshape(len(left), -1)
+
+
+def _finite(scores: ArrayLike, name: str) -> Floats:
     values = np.asarray(scores, dtype=np.float64)
-    if values.ndim != 1:
-        raise DataError(f"{name} has shape {values.shape}; expected (N,)")
-    bad = np.flatnonzero(~np.isfinite(values))
-    if bad.size:
-        raise DataError(f"{name}[{bad[0]}] is {values[bad[0]]}; expected a finite score")
+    if values.ndim != 2:
+        raise DataError(f"{name} has shape {values.shape}; expected (N, R)")
+    bad = np.argwhere(~np.isfinite(values))
+    if len(bad):
+        row, column = bad[0]
+        raise DataError(f"{name}[{row}] is {values[row, column]}; expected a finite score")
     return values

@@ -41,22 +41,20 @@ class PromotionEvidence(BaseModel):
     @classmethod
     def from_rate(
         cls,
-        rate: PreferenceRate | None,
+        rate: PreferenceRate,
         *,
         against: Literal["base", "champion"],
         champion_version: int | None = None,
         flaw: str = "",
     ) -> "PromotionEvidence":
-        """Evidence from a comparison on the same prompts; None where there was no figure."""
-        if rate is None:
-            return cls(against=against, champion_version=champion_version, flaw=flaw)
+        """Evidence from a comparison on the same prompts."""
         return cls(
             rate=rate.rate,
             low=rate.low,
             high=rate.high,
             n=rate.n,
-            wins=rate.wins,
-            losses=rate.losses,
+            wins=rate.won,
+            losses=rate.lost,
             against=against,
             champion_version=champion_version,
             flaw=flaw,

@@ -13,12 +13,9 @@ import torch
 
 from envs.reward import RewardSpec
 from mara_rl import __version__
-from mara_rl.agents.agent import Agent
 from mara_rl.agents.agent_files import save_agent
 from mara_rl.common.display import Display
-from mara_rl.common.errors import DataError, RetryableError
 from mara_rl.llm.policy_llm import llm_hidden_size
-from mara_rl.metrics.preference import result_line
 from mara_rl.prompts.prompt_files import PromptRecord
 from mara_rl.score_models.loading import score_model_folder
 from mara_rl.tracking.tracking_run import MetricBatch, TrackingRun
@@ -26,10 +23,11 @@ from mara_rl.training.config import TrainConfig
 from mara_rl.training.faults.lost_part import LostPart, lost_on_ray_errors
 from mara_rl.training.faults.patience import patience
 from mara_rl.training.faults.stop_request import Interrupted, StopRequest
-from mara_rl.training.final_phase import HeldoutEvaluation, register
+from mara_rl.training.final_phase import compare, register
 from mara_rl.training.ppo_phase import PPOPhase
 from mara_rl.training.rllib.rollout_group import derived_seed, seed_everything
 from mara_rl.training.rllib.workers import Workers, started_workers
+from mara_rl.training.rollout_answers import RolloutAnswers
 from mara_rl.training.run.checkpoint import TrainState, load_newest_checkpoint
 from mara_rl.training.run.prompt_sets import PromptSets
 from mara_rl.training.run.run_context import RunContext
@@ -155,8 +153,8 @@ def _go_on(run: RunContext, checkpoint: Checkpoint | None) -> RunOutcome:
             workers.algorithm.reward = _reward(run.config, state)
             ppo.run()
             ppo.save()
-        agent = _saved_agent(run, workers, state)
-        outcome = _compared_and_registered(run, workers, prompts.heldout, agent, state)
+        _save_agent(run, workers, state)
+        outcome = _compared_and_registered(run, workers, prompts.heldout, state)
         run.tracking.log_metrics(
             {f"time/{name.replace(' ', '_')}_s": s for name, s in run.display.phase_s.items()},
             step=state.iteration,
@@ -212,9 +210,8 @@ def _reward(config: TrainConfig, state: TrainState) -> RewardSpec:
     return RewardSpec(weights, state.score_scales)
 
 
-def _saved_agent(run: RunContext, workers: Workers, state: TrainState) -> Agent:
-    """The trained agent, saved in the run's folder."""
-    agent = workers.learners.agent()
+def _save_agent(run: RunContext, workers: Workers, state: TrainState) -> None:
+    """Save the trained agent in the run's folder."""
     if run.folder.agent.exists():  # a resumed run that had come this far before
         remove_folder(run.folder.agent)
     metadata = {
@@ -226,42 +223,20 @@ def _saved_agent(run: RunContext, workers: Workers, state: TrainState) -> Agent:
         "score_scales": state.score_scales,
         "system": run.config.llm.system,
     }
-    save_agent(agent, run.folder.agent, metadata=metadata)
-    return agent
+    save_agent(workers.learners.agent(), run.folder.agent, metadata=metadata)
 
 
 def _compared_and_registered(
-    run: RunContext,
-    workers: Workers,
-    prompts: list[PromptRecord],
-    agent: Agent,
-    state: TrainState,
+    run: RunContext, workers: Workers, prompts: list[PromptRecord], state: TrainState
 ) -> RunOutcome:
     """Compare the saved agent with the base LLM where there is an evaluation, and register it."""
-    evaluation = aligned = heldout = None
-    if run.config.evaluation:
-        evaluation = HeldoutEvaluation(
-            run.config,
-            run.config.evaluation,
-            prompts,
-            workers.runners,
-            run.session,
-            run.display,
-            run.check_interrupt,
-        )
-        try:
-            aligned = evaluation.answers("aligned", agent)
-            heldout = evaluation.compare(agent, aligned, run.folder, state.score_scales)
-        except (DataError, RetryableError) as error:
-            run.display.line(f"no comparison with the base LLM: {error}")
-        else:
-            run.tracking.log_metrics(heldout.metrics(), step=state.iteration)
-            run.tracking.log_artifacts(run.folder.evaluation, "evaluation")
-    agent_uri = register(
-        run.config, run.folder, run.session, run.tracking, aligned, heldout, evaluation, run.display
+    maker = RolloutAnswers(run.config, workers.runners, run.check_interrupt)
+    comparison = compare(
+        run.config, run.folder, run.session, run.tracking, state, prompts, maker, run.display
     )
+    agent_uri = register(run.config, run.folder, run.session, run.tracking, comparison, run.display)
     return RunOutcome(
         run=run.folder.name,
         agent_uri=agent_uri,
-        preference_rate=result_line(heldout.both) if heldout else None,
+        preference_rate=comparison.result_line if comparison else None,
     )

@@ -13,7 +13,6 @@ from mara_rl.evaluation.figures import (
     decoding_figures,
     flag,
     net_rate,
-    pair_outcomes,
     quadrants,
     weighted_reward,
 )
@@ -31,7 +30,7 @@ def scores() -> list[np.ndarray]:
 
 
 def test_outcomes_of_all_pairs(scores):
-    found = pair_outcomes(*scores)
+    found = outcomes(*scores)
     ra, rb, ca, cb = scores
     for prompt, (pair, (i, j)) in itertools.product(
         range(25), enumerate(itertools.product(range(3), range(2)))
@@ -43,18 +42,16 @@ def test_outcomes_of_all_pairs(scores):
         assert found["both"][prompt, pair] == (helpful if helpful == harmless else 0)
 
 
-def test_one_answer_each_gives_the_figure_that_training_ends_with(scores):
-    ra, rb, ca, cb = (s[:, :1] for s in scores)
-    found = net_rate(pair_outcomes(ra, rb, ca, cb)["both"], PairedBootstrap(25), seed=4)
-    plain = preference_rate(outcomes(ra[:, 0], rb[:, 0], ca[:, 0], cb[:, 0]), seed=4)
-    assert (found.rate, found.low, found.high) == (plain.rate, plain.low, plain.high)
-    assert (found.wins, found.losses, found.ties) == (plain.wins, plain.losses, plain.ties)
-    assert (found.won, found.lost) == (plain.wins, plain.losses)
-    assert found.p_value == sign_test(plain.wins, plain.losses)
+def test_one_answer_each_is_a_preference_rate(scores):
+    both = outcomes(*(s[:, :1] for s in scores))["both"]
+    found = net_rate(both, PairedBootstrap(25), seed=4)
+    assert found == preference_rate(both[:, 0], seed=4)
+    assert (found.won, found.lost) == (found.wins, found.losses)
+    assert found.p_value == sign_test(found.won, found.lost)
 
 
 def test_several_answers_are_averaged_by_prompt_first(scores):
-    both = pair_outcomes(*scores)["both"]
+    both = outcomes(*scores)["both"]
     found = net_rate(both, PairedBootstrap(25, seed=1), seed=1)
     net = both.mean(1)
     assert found.rate == pytest.approx(100 * net.mean())
@@ -68,7 +65,7 @@ def test_several_answers_are_averaged_by_prompt_first(scores):
 
 
 def test_the_rate_of_some_prompts_alone(scores):
-    both, rows = pair_outcomes(*scores)["both"], np.array([0, 4, 8, 9])
+    both, rows = outcomes(*scores)["both"], np.array([0, 4, 8, 9])
     found = net_rate(both, PairedBootstrap(25), rows)
     assert (found.n, found.rate) == (4, pytest.approx(100 * both[rows].mean()))
 
@@ -82,7 +79,7 @@ def test_weighted_reward():
 
 def test_quadrants_count_every_pair_once(scores):
     ra, rb, ca, _ = scores
-    found = quadrants(ra, rb, ca, 1.0)
+    found = quadrants(outcomes(*scores)["helpful"], ca, 1.0)
     assert sum(found.values()) == pytest.approx(1)
     pairs = [(ra[n, i] - rb[n, j], ca[n, i]) for n in range(25) for i in range(3) for j in range(2)]
     safe_better = sum(change > 0 and cost <= 1.0 for change, cost in pairs)

@@ -6,12 +6,21 @@ import pytest
 from mara_rl.common.errors import ConfigError, DataError
 from mara_rl.metrics.preference import (
     PreferenceRate,
-    axis_outcomes,
     outcomes,
     preference_rate,
     result_line,
     sign_test,
 )
+
+
+def column(scores) -> np.ndarray:
+    """One answer a prompt."""
+    return np.array(scores, float)[:, None]
+
+
+def outcomes_of(*scores) -> dict[str, list[float]]:
+    """Outcomes of one answer each, from rewards of A and B and costs of A and B."""
+    return {key: found[:, 0].tolist() for key, found in outcomes(*map(column, scores)).items()}
 
 
 def test_a_wins_or_loses_only_where_both_axes_agree():
@@ -20,48 +29,50 @@ def test_a_wins_or_loses_only_where_both_axes_agree():
     reward_b = [1, 1, 1, 1, 1, 1]
     cost_a = [-5, 5, -5, 5, 0, 0]
     cost_b = [0, 0, 0, 0, 0, 0]
-    result = outcomes(reward_a, reward_b, cost_a, cost_b)
-    assert result.dtype == np.int8
-    assert result.tolist() == [1, 0, 0, -1, 0, 0]
+    result = outcomes_of(reward_a, reward_b, cost_a, cost_b)
+    assert result["both"] == [1, 0, 0, -1, 0, 0]
 
 
 def test_changing_sides_changes_every_sign():
     rng = np.random.default_rng(0)
     ra, rb, ca, cb = rng.integers(0, 3, (4, 200)).astype(float)
-    result = outcomes(ra, rb, ca, cb)
-    assert {-1, 0, 1} == set(result.tolist())
-    assert (outcomes(rb, ra, cb, ca) == -result).all()
+    result = outcomes_of(ra, rb, ca, cb)["both"]
+    assert {-1, 0, 1} == set(result)
+    assert outcomes_of(rb, ra, cb, ca)["both"] == [-each for each in result]
 
 
-def test_one_axis_takes_the_side_it_is_told():
+def test_a_higher_reward_is_better_and_a_lower_cost():
     a, b = [3.0, 1.0, 2.0], [1.0, 3.0, 2.0]
-    assert axis_outcomes(a, b, better="higher").tolist() == [1, -1, 0]
-    assert axis_outcomes(a, b, better="lower").tolist() == [-1, 1, 0]
+    found = outcomes_of(a, b, a, b)
+    assert found["helpful"] == [1, -1, 0]
+    assert found["harmless"] == [-1, 1, 0]
 
 
 def test_tiny_and_huge_differences_count():
     tiny = np.nextafter(0.0, 1.0)
-    assert axis_outcomes([tiny, 1e308], [0.0, -1e308], better="higher").tolist() == [1, 1]
+    scores = [tiny, 1e308], [0.0, -1e308]
+    assert outcomes_of(*scores, *scores)["helpful"] == [1, 1]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_score_that_is_not_finite_is_named(bad):
     with pytest.raises(DataError, match=rf"cost_b\[2\] is {bad}"):
-        outcomes([1, 1, 1], [0, 0, 0], [0, 0, 0], [1, 1, bad])
+        outcomes_of([1, 1, 1], [0, 0, 0], [0, 0, 0], [1, 1, bad])
 
 
-def test_unequal_and_matrix_scores_are_refused():
+def test_unequal_and_flat_scores_are_refused():
     with pytest.raises(DataError, match="2 reward_a and 3 reward_b"):
-        outcomes([1, 1], [0, 0, 0], [0, 0], [1, 1])
+        outcomes_of([1, 1], [0, 0, 0], [0, 0], [1, 1])
     with pytest.raises(DataError, match="2 reward and 1 cost"):
-        outcomes([1, 1], [0, 0], [0], [1])
-    with pytest.raises(DataError, match=r"score_a has shape \(1, 2\)"):
-        axis_outcomes([[1, 2]], [1, 2], better="higher")
+        outcomes_of([1, 1], [0, 0], [0], [1])
+    with pytest.raises(DataError, match=r"reward_a has shape \(2,\)"):
+        outcomes([1, 2], column([1, 2]), column([1, 2]), column([1, 2]))
 
 
 def test_the_rate_is_net_wins_in_points():
     rate = preference_rate([1] * 70 + [-1] * 20 + [0] * 10)
     assert (rate.rate, rate.n, rate.wins, rate.losses, rate.ties) == (50.0, 100, 70, 20, 10)
+    assert (rate.won, rate.lost, rate.p_value) == (70, 20, sign_test(70, 20))
     # Normal approximation: standard error of the mean of the outcomes, 1.96 of them either side.
     error = 1.96 * 100 * math.sqrt((0.9 - 0.5**2) / 100)
     assert rate.low == pytest.approx(50 - error, abs=1.5)
@@ -148,7 +159,7 @@ def test_settings_that_cannot_work_are_refused():
     ],
 )
 def test_the_result_line_has_its_one_form(points, line):
-    rate = PreferenceRate(*points, n=120, wins=0, losses=0, ties=120)
+    rate = PreferenceRate(*points, n=120, wins=0, losses=0, ties=120, won=0, lost=0, p_value=1.0)
     assert result_line(rate) == line
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+from evaluate_command import comparable, read_rows
 from training_runs import POISON, TinyModels, TrainingProcess, all_metrics, iterations, write_config
 
 from mara_rl.training.run.checkpoint import load_newest_checkpoint
@@ -61,14 +62,37 @@ def assert_equal_runs(home: Path, whole: Path) -> None:
     assert resumed == expected  # score scales, counts
     assert unfinished(states[0].position) == unfinished(states[1].position)
     np.testing.assert_equal(learners[0], learners[1])  # weights of agent and critic, Adam
-    for file in ("agent/agent.safetensors", "evaluation/answers.jsonl", "evaluation/summary.json"):
+    for file in ("agent/agent.safetensors", "evaluation/scores.jsonl"):
         first, second = ((at / "tiny-1" / file).read_bytes() for at in (home, whole))
         assert first == second, file
+    for name in ("base", "agent", "kl/agent"):
+        first, second = (
+            [
+                {key: value for key, value in row.items() if key not in ("forwards", "seconds")}
+                for row in read_rows(at / "tiny-1" / "evaluation" / "answers" / f"{name}.jsonl")
+            ]
+            for at in (home, whole)
+        )
+        assert first == second, name
+    first, second = (
+        comparable(json.loads((at / "tiny-1/evaluation/summary.json").read_text()))
+        for at in (home, whole)
+    )
+    for figures in (first, second):  # where the run's folder is
+        figures["methods"]["agent"]["spec"].pop("agent")
+    assert first == second
     names = ("000006", "000008")
     assert {path.name for path in (home / "tiny-1/checkpoints").iterdir()} >= set(names)
 
     # Readers fetch prompts ahead in a thread of their own: what still waits is a matter of timing.
-    differs = ("time/", "queue/duplicates", "queue/waiting", "queue/pending")
+    differs = (
+        "time/",
+        "eval/agent/tokens_per_s",
+        "eval/base/tokens_per_s",
+        "queue/duplicates",
+        "queue/waiting",
+        "queue/pending",
+    )
     first, second = (
         [row[:3] for row in all_metrics(at) if not row[0].startswith(differs)]
         for at in (home, whole)
@@ -119,7 +143,7 @@ def test_killed_while_a_checkpoint_is_written_and_in_the_evaluation(
         assert time.monotonic() < deadline
     run.kill()
     run = TrainingProcess(home, "--resume", "tiny-1")
-    run.until_line("held-out answers, aligned")
+    run.until_line("answers of base")
     run.kill()
     output = TrainingProcess(home, "--resume", "tiny-1").finish()
     assert "resumed tiny-1 at iteration 8" in output
@@ -132,4 +156,4 @@ def test_what_could_not_be_trained_on_is_counted(whole: Path) -> None:
     assert found["prompts/too_long/train", 0] == found["prompts/too_long/heldout", 0] == 1
     assert found["queue/dead", 8] == 2  # the one too long and the one without a reward
     assert sum(value for (key, _), value in found.items() if key == "rollout/failed_answers") >= 2
-    assert json.loads((whole / "tiny-1/evaluation/summary.json").read_text())["all"]["n"] == 19
+    assert json.loads((whole / "tiny-1/evaluation/summary.json").read_text())["result"]["n"] == 19

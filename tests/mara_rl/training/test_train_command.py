@@ -124,8 +124,18 @@ def test_a_run_trains_compares_registers_and_resumes(config: Path, home: Path) -
     }
     assert {p.name for p in (run / "checkpoints").iterdir()} >= {"000002", "000004"}
     figures = json.loads((run / "evaluation" / "summary.json").read_text())
-    assert figures["all"]["n"] == 40
-    assert len((run / "evaluation" / "answers.jsonl").read_text().splitlines()) == 40
+    assert figures["prompts"]["n"] == figures["result"]["n"] == 40
+    assert {p.name for p in (run / "evaluation").iterdir()} == {
+        "answers",
+        "inputs.json",
+        "lock",
+        "report.html",
+        "scores.jsonl",
+        "summary.json",
+    }
+    answers = run / "evaluation" / "answers"
+    for name, count in (("base", 40), ("agent", 40), ("kl/agent", 8)):
+        assert len((answers / f"{name}.jsonl").read_text().splitlines()) == count
     state = json.loads((run / "checkpoints" / "000004" / "state.json").read_text())
     assert state["iteration"] == 4
     assert state["score_scales"]["reward"] > 0

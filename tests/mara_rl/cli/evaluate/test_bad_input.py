@@ -65,7 +65,7 @@ def test_an_llm_that_is_no_name_without_an_agent(evaluate):
     assert (status, err) == (1, "error: plan: llm: input should be a valid string, not 5\n")
 
 
-def test_a_gpu_that_is_too_small_is_told(evaluate, made, tmp_path, monkeypatch):
+def test_a_gpu_that_is_too_small_is_named(evaluate, made, tmp_path, monkeypatch):
     def step(_: Decoder) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nGPU 0 has …")
 

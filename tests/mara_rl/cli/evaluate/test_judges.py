@@ -57,6 +57,29 @@ def test_a_judge_that_fails_half_way_keeps_what_it_had(
     assert better.scored == (N - 6) + N  # the rest of the reward, and the cost
 
 
+def test_prompts_without_a_finite_score_can_be_left_out(evaluate, made, tmp_path, monkeypatch):
+    monkeypatch.setenv("MARA_HOME", str(tmp_path / "home"))
+
+    class Judge:
+        def score(self, pairs):
+            return [float("inf" if "3" in prompt else len(text)) for prompt, text in pairs]
+
+    monkeypatch.setattr(judging, "load_score_model", lambda name, dtype: Judge())
+    arguments = [*common(made), "--methods", "base,agent,best-of-2"]
+    status, text, err = evaluate(
+        *arguments, "--set", "leave_out_unscored=true", "--out", tmp_path / "out"
+    )
+    assert status == 0, err
+    assert f"1 of {N} prompts are left out, a score is not finite: 'p3' (reward)" in text
+    assert text.rstrip().endswith(f"(n={N - 1})")
+    scores = {
+        (row["method"], row["id"]): row["scores"]["tiny"]["cost"]
+        for row in read_rows(tmp_path / "out" / "scores.jsonl")
+    }
+    assert scores["agent", "p3"] is None
+    assert scores["agent", "p4"] is not None
+
+
 def test_judges_may_be_services_behind_urls(evaluate, made, tmp_path, monkeypatch):
     key = "a-key-of-this-test"
     monkeypatch.setenv("MARA_SCORE_KEY", key)

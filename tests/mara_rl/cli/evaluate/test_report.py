@@ -229,6 +229,31 @@ def test_what_kl_is_of(evaluate, made, tmp_path):
     assert kinds["cold"] == "along answers sampled at another temperature"
 
 
+def test_some_sampled_answers_estimate_the_kl_of_a_greedy_agent(evaluate, made, tmp_path):
+    methods = {
+        "base": {"kind": "base"},
+        "greedy": {"kind": "agent", "agent": made["agent"], "kl_prompts": 4},
+        "own": {"kind": "agent", "agent": made["sampling"]},
+    }
+    plan, out = tmp_path / "plan.yaml", tmp_path / "out"
+    plan.write_text(yaml.safe_dump({"methods": methods}))
+    arguments = [plan, *base_alone(made)[:-2], "--out", out]
+    # More prompts may be asked for, fewer looked at; answers that are there are not made again.
+    for count, on_file in ((4, 4), (N, N), (4, N)):
+        status, text, err = evaluate(*arguments, "--set", f"methods.greedy.kl_prompts={count}")
+        assert status == 0, err
+        rows = read_rows(out / "answers" / "kl" / "greedy.jsonl")
+        assert len(rows) == on_file
+        made_some = "answers of greedy, sampled for its KL" in text
+        assert made_some is (on_file == count)
+        asked = {f"p{i}" for i in (range(N) if count == N else (0, 3, 6, 9))}
+        used = [row for row in rows if row["id"] in asked]
+        found = json.loads((out / "summary.json").read_text())["methods"]["greedy"]["decoding"]
+        expected = sum(row["kl"] for row in used) / sum(row["tokens"] for row in used)
+        assert found["kl_per_token"] == pytest.approx(expected)
+        assert found["kl_is"] == "estimate from sampled answers"
+
+
 def test_the_paper_s_figure_stands_beside_the_measured_one(evaluate, made, tmp_path):
     llms = [Path(made["root"]) / f"Mistral-7B-Instruct-v0.{i}" for i in (3, 2)]
     judges = [tmp_path / f"beaver-7b-v1.0-{axis}" for axis in ("reward", "cost")]

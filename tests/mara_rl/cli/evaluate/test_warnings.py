@@ -1,14 +1,14 @@
-"""What makes figures doubtful is told beside them."""
+"""What makes figures doubtful is said beside them."""
 
 from evaluate_command import common, write_rows
 
 from mara_rl.evaluation.console import warnings
 
 
-def test_refusals_nobody_can_judge_are_told():
+def test_refusals_nobody_can_judge_are_warned_of():
     def figures(share: float, kinds: dict) -> dict:
         return {
-            "prompts": {"seen_in_training": [], "n": 40}
+            "prompts": {"seen_in_training": [], "n": 40, "left_out": {}}
             | {"source": "packaged", "training_prompts": "packaged"},
             "flags": {},
             "judges": {"one": {"training": False}},
@@ -21,19 +21,19 @@ def test_refusals_nobody_can_judge_are_told():
     assert warnings(figures(0.4, {}))[0].startswith("agent refuses 40%; the prompts have no kind")
 
 
-def test_where_leaks_were_not_looked_for_is_told():
-    def warnings_of(source: str, training: str | None, kind: str) -> list[str]:
+def test_where_leaks_were_not_looked_for_is_warned_of():
+    def lines(source: str, training: str | None, kind: str) -> list[str]:
         sources = {"source": source, "training_prompts": training}
         return warnings(
             {
-                "prompts": {"seen_in_training": [], "n": 40} | sources,
+                "prompts": {"seen_in_training": [], "n": 40, "left_out": {}} | sources,
                 "flags": {},
                 "judges": {"one": {"training": False}},
                 "methods": {"m": {"kind": kind, "answers": {"refusal_share": 0, "by_kind": {}}}},
             }
         )
 
-    [line] = warnings_of("mine.jsonl", "packaged", "agent")
+    [line] = lines("mine.jsonl", "packaged", "agent")
     assert "--set training_prompts=FILE" in line
     for source, training, kind in (
         ("packaged", "packaged", "agent"),
@@ -41,10 +41,10 @@ def test_where_leaks_were_not_looked_for_is_told():
         ("mine.jsonl", None, "agent"),  # as the user wants it
         ("mine.jsonl", "packaged", "base"),
     ):
-        assert warnings_of(source, training, kind) == []
+        assert lines(source, training, kind) == []
 
 
-def test_prompts_seen_in_training_are_told_or_dropped(evaluate, made, tmp_path):
+def test_prompts_seen_in_training_are_warned_of_or_dropped(evaluate, made, tmp_path):
     training = tmp_path / "train.jsonl"
     write_rows(training, [{"prompt": "QUESTION 4"}, {"prompt": "Question 5?"}])
     arguments = [*common(made), "--methods", "base,agent", "--set", f"training_prompts={training}"]
