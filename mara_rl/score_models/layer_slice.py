@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from safetensors.torch import save
 from torch import Tensor, nn
 
 from mara_rl.common.errors import ConfigError, DataError, first_line, validated
+from mara_rl.common.yaml_settings import Section
 from mara_rl.llm import slot_attention
 from mara_rl.llm.packed_linear import pack_linears
 from mara_rl.llm.policy_llm import SMOLLM2, DType, load_policy_llm
@@ -32,10 +33,8 @@ _BEFORE_PROMPT = "<|im_start|>user\n"
 _BEFORE_RESPONSE = "<|im_end|>\n<|im_start|>assistant\n"
 
 
-class SliceSpec(BaseModel):
+class SliceSpec(Section):
     """Everything beside the weights that fixes a layer-slice score model; its ``score.json``."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     score_type: ScoreType = Field(description="reward: higher is better; cost: lower is better")
     backbone: str = Field(SMOLLM2, description="LLM whose first layers are used, by name")

@@ -2,7 +2,9 @@
 
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, model_validator
+from pydantic import AfterValidator, Field, PositiveFloat, model_validator
+
+from mara_rl.common.yaml_settings import Section
 
 
 def _custom(resources: dict[str, float]) -> dict[str, float]:
@@ -24,10 +26,8 @@ def resource_bundle(
     return {resource: amount for resource, amount in bundle.items() if amount}
 
 
-class ReplicaConfig(BaseModel):
+class ReplicaConfig(Section):
     """The part of a config that all deployments have in common."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     num_replicas: int = Field(1, ge=1, description="replicas; the fewest when autoscaling")
     max_replicas: int | None = Field(None, description="autoscale up to this many; None: never")

@@ -5,11 +5,12 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from envs.protocols import Scorer
 from mara_rl.agents.agent import Rule
 from mara_rl.common.errors import ConfigError, DataError, RetryableError
+from mara_rl.common.yaml_settings import Section
 from mara_rl.decoding.blend import Blend
 from mara_rl.decoding.request import DecodeRequest, DecodeSettings
 from mara_rl.llm.policy_llm import PolicyLLM
@@ -22,10 +23,8 @@ from services.http.api_errors import ApiError, bad_request
 COMPLETION_TOKENS = 16  # OpenAI's default; a chat's is what fits
 
 
-class ApiLimits(BaseModel):
+class ApiLimits(Section):
     """What one request, or one key, may ask for."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_answer_tokens: int = Field(
         1024, ge=1, description="tokens of an answer at most; a chat's default where they fit"

@@ -11,11 +11,12 @@ from typing import TypeVar
 
 import numpy as np
 import redis
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_random_exponential
 
 from envs.protocols import Prompt
 from mara_rl.common.errors import RetryableError
+from mara_rl.common.yaml_settings import Section
 from services.cluster.redis_server import connect, redis_errors
 from services.prompt_queue.prompt_queue import PromptQueue, QueueLost
 
@@ -26,10 +27,8 @@ _ATTEMPTS = 6
 _WAIT_MAX_S = 5.0  # six attempts: at most about 15 s of waiting
 
 
-class PromptSourceConfig(BaseModel):
+class PromptSourceConfig(Section):
     """How a rollout actor gets at its prompts; plain data that can be sent to it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     url: str = Field(repr=False, description="URL of Redis; may hold a password")
     queue: str = Field("default", description="name of the prompt queue")

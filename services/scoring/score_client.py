@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from tenacity import (
     RetryCallState,
     Retrying,
@@ -19,15 +19,14 @@ from tenacity import (
 
 from envs.in_process_scorer import finite_or_nan
 from mara_rl.common.errors import ConfigError, DataError, RetryableError
+from mara_rl.common.yaml_settings import Section
 from services.scoring.score_sources import ScoreSource, score_source
 
 logger = logging.getLogger(__name__)
 
 
-class ScoreClientConfig(BaseModel):
+class ScoreClientConfig(Section):
     """Where the scores come from and how long to try."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     sources: dict[str, str] = Field(
         {"reward": "reward", "cost": "cost"},
