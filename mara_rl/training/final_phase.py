@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 
 from mara_rl.agents.agent_files import agent_sha256, load_agent
-from mara_rl.common.display import Display
 from mara_rl.common.errors import MaraError
 from mara_rl.evaluation.answer_maker import AnswerMaker
 from mara_rl.evaluation.console import show
@@ -13,30 +12,23 @@ from mara_rl.evaluation.prompt_set import prompt_set
 from mara_rl.evaluation.tracking import evidence, metrics, version_tags
 from mara_rl.prompts.prompt_files import PromptRecord
 from mara_rl.tracking.registry import AgentRegistry, model_name_for, source_tags
-from mara_rl.tracking.tracking_run import TrackingRun
 from mara_rl.training.config import EvaluationConfig, TrainConfig
 from mara_rl.training.run.checkpoint import TrainState
-from mara_rl.training.run.run_folder import RunFolder, remove_folder
-from mara_rl.training.run.session import Session
+from mara_rl.training.run.run_context import RunContext
+from mara_rl.training.run.run_folder import remove_folder
 
 _AGENT, _CHAMPION = "agent", "champion"  # methods of the comparison
 
 
 def compare(
-    config: TrainConfig,
-    folder: RunFolder,
-    session: Session,
-    tracking: TrackingRun,
-    state: TrainState,
-    prompts: Sequence[PromptRecord],
-    maker: AnswerMaker,
-    display: Display,
+    run: RunContext, state: TrainState, prompts: Sequence[PromptRecord], maker: AnswerMaker
 ) -> Evaluation | None:
     """Evaluate the agent in the run's folder against the base LLM, show, keep and log it.
 
     The reigning champion is compared on the same prompts. None where the config asks for no
     evaluation, and where none can be had, which is said on a line.
     """
+    config, folder, display = run.config, run.folder, run.display
     if config.evaluation is None:
         return None
     if folder.evaluation.exists():  # of a resumed run; its agent may be another one by now
@@ -44,13 +36,13 @@ def compare(
     agent = load_agent(folder.agent)
     agents = {_AGENT: agent}
     try:
-        registry = AgentRegistry(session.tracking_uri)
+        registry = AgentRegistry(run.session.tracking_uri)
         champion = None
         if config.registry.promote:
-            champion = _rival(config, registry, tracking.run_id, agent_sha256(agent))
+            champion = _rival(config, registry, run.tracking.run_id, agent_sha256(agent))
         if champion is not None:
             agents[_CHAMPION] = registry.resolve(champion)
-        plan = _plan(config, config.evaluation, folder, session, state.score_scales, champion)
+        plan = _plan(run, config.evaluation, state.score_scales, champion)
         done = evaluate(
             plan,
             agents,
@@ -65,59 +57,53 @@ def compare(
         return None
     display.line(f"report: {folder.evaluation / REPORT}")
     show(done.summary, display)
-    tracking.log_metrics({"eval": metrics(done.summary)}, step=state.iteration)
-    tracking.log_artifacts(folder.evaluation, "evaluation")
+    run.tracking.log_metrics({"eval": metrics(done.summary)}, step=state.iteration)
+    run.tracking.log_artifacts(folder.evaluation, "evaluation")
     return done
 
 
-def register(
-    config: TrainConfig,
-    folder: RunFolder,
-    session: Session,
-    tracking: TrackingRun,
-    comparison: Evaluation | None,
-    display: Display,
-) -> str:
+def register(run: RunContext, comparison: Evaluation | None) -> str:
     """Register the agent as `candidate` and try for `champion`; its ``models:/`` URI.
 
     The gate is the comparison with the base LLM where there is no champion yet, else that with the
     champion. What a run registered before it was cut off is not registered again.
     """
-    registry = AgentRegistry(session.tracking_uri)
-    name = _model_name(config)
-    sha256 = agent_sha256(load_agent(folder.agent))
-    version = registry.registered(name, run_id=tracking.run_id, sha256=sha256)
-    tags = source_tags(llm=config.llm.name, seed=config.seed, run_id=tracking.run_id, sha256=sha256)
+    registry = AgentRegistry(run.session.tracking_uri)
+    name = _model_name(run.config)
+    sha256 = agent_sha256(load_agent(run.folder.agent))
+    version = registry.registered(name, run_id=run.tracking.run_id, sha256=sha256)
+    tags = source_tags(
+        llm=run.config.llm.name, seed=run.config.seed, run_id=run.tracking.run_id, sha256=sha256
+    )
     found = evidence(comparison, _AGENT, name, registry) if comparison else None
     if comparison and found:
-        tags |= version_tags(comparison, _AGENT, tracking.run_id) | found.tags()
+        tags |= version_tags(comparison, _AGENT, run.tracking.run_id) | found.tags()
     if version is not None:
-        display.line(f"registered before: models:/{name}/{version}")
+        run.display.line(f"registered before: models:/{name}/{version}")
     else:
-        with display.phase("registering the agent", total=1):
+        with run.display.phase("registering the agent", total=1):
             version = registry.register(
-                name, tracking.log_agent(folder.agent), {**tags, "run": folder.name}
+                name, run.tracking.log_agent(run.folder.agent), {**tags, "run": run.folder.name}
             )
-        display.line(f"registered models:/{name}@candidate (version {version})")
-    if config.registry.promote and found is not None:
-        display.line(registry.promote(name, version, evidence=found).line)
+        run.display.line(f"registered models:/{name}@candidate (version {version})")
+    if run.config.registry.promote and found is not None:
+        run.display.line(registry.promote(name, version, evidence=found).line)
     return f"models:/{name}/{version}"
 
 
 def _plan(
-    config: TrainConfig,
+    run: RunContext,
     evaluation: EvaluationConfig,
-    folder: RunFolder,
-    session: Session,
     scales: Mapping[str, float],
     champion: str | None,
 ) -> EvaluationPlan:
     """The comparison as a plan. Raises ConfigError where it cannot work."""
-    agent = {"kind": "agent", "agent": str(folder.agent), "kl_prompts": evaluation.kl_prompts}
+    config = run.config
+    agent = {"kind": "agent", "agent": str(run.folder.agent), "kl_prompts": evaluation.kl_prompts}
     methods = {"base": {"kind": "base"}, _AGENT: agent}
     if champion is not None:
         methods[_CHAMPION] = {"kind": "agent", "agent": champion}
-    services = {axis: session.scores.sources[axis] for axis in AXES}
+    services = {axis: run.session.scores.sources[axis] for axis in AXES}
     limits = config.scoring.model_dump(include={"deadline_s", "max_attempts"})
     judges = {"training": {**services, **limits, "serve": True, "training": True}}
     if evaluation.judges:

@@ -231,10 +231,8 @@ def _compared_and_registered(
 ) -> RunOutcome:
     """Compare the saved agent with the base LLM where there is an evaluation, and register it."""
     maker = RolloutAnswers(run.config, workers.runners, run.check_interrupt)
-    comparison = compare(
-        run.config, run.folder, run.session, run.tracking, state, prompts, maker, run.display
-    )
-    agent_uri = register(run.config, run.folder, run.session, run.tracking, comparison, run.display)
+    comparison = compare(run, state, prompts, maker)
+    agent_uri = register(run, comparison)
     return RunOutcome(
         run=run.folder.name,
         agent_uri=agent_uri,

@@ -157,18 +157,23 @@ class End:
         ]
         maker: Any = RolloutAnswers(self.config, self.runners, self._check)  # type: ignore[arg-type]
         state = TrainState(iteration=4, score_scales={"reward": 1.0, "cost": 1.0})
-        display = Display(Console(width=120))
-        return compare(
-            self.config, self.folder, self.session, tracking, state, prompts, maker, display
-        )
+        return compare(self._run(tracking), state, prompts, maker)
 
     def compared(self) -> Evaluation | None:
         with TrackingRun.start(self.session.tracking_uri, "end", "run", {}) as tracking:
             return self.compare(tracking)
 
     def register(self, tracking: TrackingRun, comparison: Evaluation | None) -> str:
-        display = Display(Console(width=120))
-        return register(self.config, self.folder, self.session, tracking, comparison, display)
+        return register(self._run(tracking), comparison)
+
+    def _run(self, tracking: TrackingRun) -> Any:
+        return SimpleNamespace(
+            config=self.config,
+            folder=self.folder,
+            session=self.session,
+            tracking=tracking,
+            display=Display(Console(width=120)),
+        )
 
     def evidence(self) -> PromotionEvidence:
         comparison = self.compared()
