@@ -74,3 +74,4 @@ def seeded() -> None:
     import torch
 
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # some commands set it for their process
