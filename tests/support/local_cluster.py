@@ -232,7 +232,10 @@ def mlflow_server(folder: Path) -> Iterator[str]:
             return requests.get(f"{url}/health", timeout=10).ok
         return False
 
-    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment = os.environ | {
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # seven processes less
+    }
     with process(command, folder / "server.log", environment) as server:
         await_ready(answers, server, folder / "server.log")
         yield url
