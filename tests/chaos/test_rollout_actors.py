@@ -19,6 +19,7 @@ def test_an_actor_dies_in_mid_episode(chaos, runners: int) -> None:
     run = chaos.start(rollouts={"num_runners": runners})
     run.until_iteration(3)
     victim = run.processes(RUNNER)[0]
+    run.until(lambda: victim.cpu_percent(interval=0.1) > 30, "sampling")  # idle: 5
     at = time.time()
     victim.kill()
     took_s = chaos.recovered(run, at)
