@@ -47,11 +47,13 @@ local function add(epoch, prompt, sample, failures)
              'failures', failures, 'ordered', 0)
 end
 
+-- A prompt is a dead letter once, however many of its entries fail.
 local function bury(id, f, failures, deliveries, reason)
-  redis.call('XADD', dead, '*', 'epoch', f.epoch, 'prompt', f.prompt, 'sample', f.sample,
-             'failures', failures, 'deliveries', deliveries, 'reason', reason,
-             'text', redis.call('HGET', catalogue, f.prompt) or '')
-  redis.call('SADD', withdrawn, f.prompt)
+  if redis.call('SADD', withdrawn, f.prompt) == 1 then
+    redis.call('XADD', dead, '*', 'epoch', f.epoch, 'prompt', f.prompt, 'sample', f.sample,
+               'failures', failures, 'deliveries', deliveries, 'reason', reason,
+               'text', redis.call('HGET', catalogue, f.prompt) or '')
+  end
   drop(id)
 end
 """

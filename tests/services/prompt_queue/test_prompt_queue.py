@@ -263,6 +263,19 @@ def test_a_prompt_that_kills_its_readers_becomes_a_dead_letter(empty_redis):
     assert queue.status().waiting == 0
 
 
+def test_a_prompt_is_a_dead_letter_once_though_two_of_its_entries_are_read(empty_redis):
+    queue = make_queue(empty_redis, 1, max_failures=1)
+    queue.fill(0)
+    queue.fill(1)
+    taken = queue.read("a", 2)
+    assert ids(taken) == ["p0", "p0"]
+    for prompt in taken:
+        assert queue.fail(prompt.entry_id, "no reward") == "dead"
+    assert [letter["epoch"] for letter in queue.dead_letters()] == ["0"]
+    assert queue.status().waiting == 0
+    assert queue.read_pending("a") == []
+
+
 def test_a_dead_letter_s_other_entries_are_not_handed_out(empty_redis):
     queue = make_queue(empty_redis, 4, max_failures=1)
     queue.fill(0)
