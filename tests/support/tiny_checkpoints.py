@@ -130,14 +130,18 @@ def write_classifier(folder: Path, **fields: object) -> Path:
 
 
 def deepened(folder: Path, target: Path, layers: int) -> Path:
-    """A copy of a checkpoint, its layers repeated until there are so many: it takes its time."""
+    """A copy of a checkpoint with so many layers: slow, the new ones change nothing."""
     shutil.copytree(folder, target)
     config = json.loads((folder / "config.json").read_text())
     state = load_file(folder / "model.safetensors")
     for key in [key for key in state if key.startswith("model.layers.")]:
         number, rest = key.removeprefix("model.layers.").split(".", 1)
-        for copy in range(int(number), layers, config["num_hidden_layers"]):
-            state[f"model.layers.{copy}.{rest}"] = state[key].clone()
+        added = state[key]
+        if rest in ("self_attn.o_proj.weight", "mlp.down_proj.weight"):  # all that a layer adds
+            added = torch.zeros_like(added)
+        depth = config["num_hidden_layers"]
+        for copy in range(int(number) + depth, layers, depth):
+            state[f"model.layers.{copy}.{rest}"] = added.clone()
     save_file(state, target / "model.safetensors")
     (target / "config.json").write_text(json.dumps(config | {"num_hidden_layers": layers}))
     return target

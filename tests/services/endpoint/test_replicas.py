@@ -11,6 +11,7 @@ import ray
 import requests
 from local_cluster import free_ports
 from ray import serve
+from tiny_checkpoints import deepened
 
 from mara_rl.common.environment import environment_variables
 from services.cluster.ray_session import ray_session
@@ -58,7 +59,8 @@ def watch(tiny_llms, tmp_path_factory) -> Iterator[Watch]:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         watch = Watch(f"http://127.0.0.1:{port}")
         watch.start()
-        llm = str(tiny_llms["llama"])
+        folder = tmp_path_factory.mktemp("llm") / "deep"
+        llm = str(deepened(tiny_llms["llama"], folder, layers=120))  # seconds, for a 503 to be seen
         deploy(llm, 2)
         deadline = time.monotonic() + 60
         while watch.statuses[-1:] != [200]:
